@@ -1,0 +1,30 @@
+"""rewire: change how errors travel backwards through any PyTorch model, in one line."""
+
+from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
+from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
+from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
+from rewire.summary import summary
+from rewire.targets import targets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionError",
+    "DirectRule",
+    "LocalRule",
+    "PassError",
+    "RewireError",
+    "RewireWarning",
+    "RoutingError",
+    "Rule",
+    "convert",
+    "feedback",
+    "output_error",
+    "register_rule",
+    "restore",
+    "rules",
+    "scales",
+    "summary",
+    "targets",
+    "use_rule",
+]

@@ -1,0 +1,5 @@
+"""``python -m rewire`` is the ``rewire`` command."""
+
+from rewire.cli import main
+
+main()

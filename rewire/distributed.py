@@ -1,0 +1,27 @@
+"""What must be the same on every rank is summed over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def sum_over_ranks(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Sums of each pair over the ranks that train this model together; the pairs themselves otherwise.
+
+    "Together" is known inside a DistributedDataParallel forward, whose process group is used. Elsewhere
+    an initialised process group alone does not tell that every rank trains this model, and a collective
+    the others do not join would hang; so nothing is summed.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(pairs)
+    from torch.nn.parallel import DistributedDataParallel
+
+    active = DistributedDataParallel._get_active_ddp_module()
+    if active is None:
+        return list(pairs)
+    table = torch.tensor(pairs, dtype=torch.float64, device=active.device)
+    dist.all_reduce(table, group=active.process_group)
+    return [(float(a), float(b)) for a, b in table.tolist()]

@@ -1,0 +1,227 @@
+"""The autograd nodes of direct rules: port, probe and join.
+
+A layer under a direct rule runs its own operation on ``x.detach()``, so its weight gradients are PyTorch's
+own and no gradient flows from its output to its input. What x gets instead comes through one of these:
+
+- :class:`Port` sits at x and gives out a *ticket*, a scalar nobody reads. The output layer's :class:`Join`
+  takes all tickets of the pass as inputs. Autograd runs a node only after all nodes that use its output,
+  so e is known before any port runs; and it runs ready nodes newest first, so each port runs just before
+  the layer below it and feedback never piles up.
+- :class:`Probe` sits between x and the operation while a layer is not settled (its scale or its role is not
+  known yet): there the layer's exact gradient passes by and can be measured.
+- :class:`Project` is Join and all ports in one pure function, for ``torch.func`` transforms, where nothing
+  may be remembered on the side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from rewire.errors import PassError
+from rewire.passes import Call, OutputError
+
+if TYPE_CHECKING:
+    from rewire.rules.base import DirectRule
+    from rewire.wiring import LayerState
+
+
+def alias(y: Tensor) -> Tensor:
+    """``y`` as a tensor of its own over the same memory, not a view in autograd's eyes.
+
+    An in-place operation on a view that a custom Function returned is an error, and one on a view that
+    PyTorch returned replaces its graph node; neither happens to this.
+    """
+    out: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return out
+
+
+class Wall:
+    """Makes a fed-back tensor a wall (``skip="cut"``): its gradient is what was fed back, and nothing else."""
+
+    def __init__(self) -> None:
+        self.fed: Tensor | None = None
+
+    def add(self, fed: Tensor) -> None:
+        """Note what one port hands back; several layers may share the tensor."""
+        self.fed = fed if self.fed is None else self.fed + fed
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """The tensor's hook: replaces the sum of all gradients, skip connections' included."""
+        fed, self.fed = self.fed, None
+        return torch.zeros_like(gradient) if fed is None else fed
+
+
+def wall_at(x: Tensor) -> Wall | None:
+    """The wall at x, made when first asked for. A leaf has none: nothing below it could be reached."""
+    if x.grad_fn is None:
+        return None
+    metadata: dict[Any, Any] = x.grad_fn.metadata
+    walls: dict[int, Wall] = metadata.setdefault("rewire.walls", {})
+    wall = walls.get(x.output_nr)
+    if wall is None:
+        wall = walls[x.output_nr] = Wall()
+        x.register_hook(wall)
+    return wall
+
+
+class Port(Function):
+    """x -> ticket; backward: x's gradient is its layer's feedback of the errors that arrived."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, state: LayerState, rule: DirectRule, errors: list[OutputError], index: int, wall: Wall | None
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.rule, ctx.errors, ctx.index, ctx.wall = state, rule, errors, index, wall
+        ctx.like = (x.shape, x.dtype, x.device)
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:  # type: ignore[override]
+        fed = ctx.state.hand_back(ctx.rule, ctx.errors, ctx.index, *ctx.like)
+        if ctx.wall is not None and fed is not None:
+            ctx.wall.add(fed)
+        return fed, None, None, None, None, None
+
+
+class Probe(Function):
+    """Identity on the way into an unsettled layer's operation; backward sees the exact gradient.
+
+    With a scale to be measured, the exact gradient is handed on and its size noted. With a given scale
+    only the output layer was unknown, and the rule's feedback is handed on in place of the exact gradient.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, state: LayerState, rule: DirectRule, errors: list[OutputError], index: int, wall: Wall | None
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.rule, ctx.errors, ctx.index, ctx.wall = state, rule, errors, index, wall
+        ctx.like = (x.shape, x.dtype, x.device)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:  # type: ignore[override]
+        if ctx.state.needs_scale(ctx.rule):
+            if exact is not None:
+                ctx.state.measure(ctx.rule, ctx.errors, ctx.index, exact)
+            return exact, None, None, None, None, None
+        fed = ctx.state.hand_back(ctx.rule, ctx.errors, ctx.index, *ctx.like)
+        if ctx.wall is not None and fed is not None:
+            ctx.wall.add(fed)
+        return fed, None, None, None, None, None
+
+
+class Join(Function):
+    """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
+
+    Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
+    layer under a direct rule).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, state: LayerState, error: OutputError | None, nested: bool, copy: bool, *tickets: Tensor
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.error, ctx.nested, ctx.tickets = state, error, nested, len(tickets)
+        # Where the operation may have kept its own output for backward, an in-place operation on an
+        # alias would change it unnoticed; a copy is safe.
+        return y.clone() if copy else alias(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.error is not None and gradient is not None:
+            if ctx.nested:
+                raise PassError(reentrant_message(ctx.state.label))
+            ctx.state.wiring.error_reached(ctx.state, ctx.error, gradient)
+        return (gradient, None, None, None, None) + (None,) * ctx.tickets
+
+
+class Project(Function):
+    """Identity on an output layer's y; backward: e goes to y, and its feedback to each x, at once.
+
+    A pure function of its tensor inputs, so every ``torch.func`` transform applies.
+
+    Inputs: y, the targets or None, the output error's place, the fed (layer, rule, input) triples, and the
+    fed tensors x in the same order.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        y: Tensor,
+        targets: Tensor | None,
+        error: OutputError,
+        plan: Sequence[tuple[LayerState, DirectRule, int]],
+        *fed: Tensor,
+    ) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, targets, ctx.error, ctx.plan, *fed = inputs
+        ctx.shapes = [(x.shape, x.dtype) for x in fed]
+        ctx.save_for_backward(targets)
+
+    @staticmethod
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        error: OutputError = ctx.error
+        (targets,) = ctx.saved_tensors
+        signals: dict[type, Tensor] = {}
+        fed: list[Tensor] = []
+        for (state, rule, index), (shape, dtype) in zip(ctx.plan, ctx.shapes, strict=True):
+            if type(rule) not in signals and not rule.silent:
+                signals[type(rule)] = rule.signal(e, targets, error.axis)
+            signal = signals.get(type(rule), e)
+            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device))
+        return (e, None, None, None, *fed)
+
+
+class Carry(Function):
+    """Identity on y that keeps x in its graph without handing anything back; for ``torch.func`` transforms."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.shape = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, gradient.new_zeros(ctx.shape)
+
+
+def watch(call: Call, nested: bool) -> Any:
+    """A hook for the node of a hidden layer's output: a gradient there, but no output error, is an error."""
+    state, errors = call.state, call.errors
+
+    def check(gradients: Any) -> None:
+        if nested:
+            raise PassError(reentrant_message(state.label))
+        if not errors and any(g is not None for g in gradients):
+            raise PassError(
+                f"layer {state.label} got a gradient, but no output error can reach it: its output went to the "
+                f"loss without passing output layer {state.wiring.outputs_label()}. Call the whole model; or name "
+                f"every layer the loss sees, output=[...]; or keep this part on backprop, "
+                f"layers={{{state.name!r}: 'bp'}}; or run it under rewire.use_rule(model, 'bp') or torch.no_grad()"
+            )
+
+    return check
+
+
+def reentrant_message(label: str) -> str:
+    return (
+        f"layer {label} was run again inside a backward pass that goes through it: re-entrant activation "
+        "checkpointing hides the layer from the output error. Use checkpoint(..., use_reentrant=False)"
+    )

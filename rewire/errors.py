@@ -1,0 +1,32 @@
+"""What can go wrong, each with a message that says what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RewireError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConversionError(RewireError, ValueError):
+    """An argument that cannot be used. Raised before anything about the model was changed."""
+
+
+class RoutingError(RewireError, RuntimeError):
+    """The output error has no defined way to a layer's input: the shapes do not fit."""
+
+
+class PassError(RewireError, RuntimeError):
+    """Something about a forward or backward pass keeps a rule from being applied."""
+
+
+class RewireWarning(UserWarning):
+    """Said once by name: something keeps backprop, or did not run, or could not be measured."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """``"; did you mean 'conv1'?"`` for the closest of ``options``, or the empty string."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,57 @@
+"""What a converted layer has to know about its operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Kind:
+    """One kind of layer.
+
+    Attributes:
+        title: for tables.
+        keeps_output: the operation may keep its own output for backward (see ``Join``).
+        local: whether local rules are possible: whether there is a weight to replace.
+    """
+
+    title = "layer"
+    keeps_output = False
+    local = True
+
+    def axis(self, dims: int) -> int:
+        """Dimension of an input or output with ``dims`` dimensions that holds the features.
+
+        -1: the last; 1: after the batch dimension; 0: the first, without a batch dimension.
+        """
+        raise NotImplementedError
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """W as the layer uses it: a plain Parameter or what a parametrization makes of it."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight
+
+    def run(
+        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+    ) -> Any:
+        """The layer's forward, with the input gradient made by ``backward``."""
+        raise NotImplementedError
+
+
+class BackwardWeight:
+    """How a local rule makes B for one forward of one layer.
+
+    Attributes:
+        keep: whether :meth:`combine` reads W.
+    """
+
+    keep: bool
+
+    def random(self, weight: Tensor) -> Tensor | None:
+        """R for the weight the forward uses, if it is fixed."""
+        raise NotImplementedError
+
+    def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
+        """(W or None, R or None) -> B, called in the backward."""
+        raise NotImplementedError

@@ -1,0 +1,49 @@
+"""Linear layers: ``nn.Linear``, and those that keep their weight transposed (transformers' ``Conv1D``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rewire import operations
+from rewire.layers.kinds import BackwardWeight, Kind
+
+
+class Linear(Kind):
+    """x (*, in), W (out, in) -> y (*, out)."""
+
+    title = "linear"
+
+    def axis(self, dims: int) -> int:
+        return -1
+
+    def run(
+        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+    ) -> Tensor:
+        weight = self.weight(module)
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        return operations.linear(*args, *kwargs.values(), weight, bias, backward.random(weight), backward.combine, backward.keep)
+
+
+class TransposedLinear(Kind):
+    """x (*, in), W (in, out) -> y (*, out)."""
+
+    title = "linear"
+
+    def axis(self, dims: int) -> int:
+        return -1
+
+    def run(
+        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+    ) -> Tensor:
+        weight = self.weight(module)
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        random = backward.random(weight)
+
+        def combine(w: Tensor | None, r: Tensor | None) -> Tensor:
+            return backward.combine(None if w is None else w.t(), None if r is None else r.t()).t()
+
+        return operations.linear(
+            *args, *kwargs.values(), weight.t(), bias, None if random is None else random.t(), combine, backward.keep
+        )

@@ -1,0 +1,148 @@
+"""One pass: which calls of which layers fed which output, and that output's error.
+
+A pass is not a global state but what the autograd graph says it is. Every call of a converted layer
+leaves a :class:`Call` on the graph node of its output. When an output layer runs, :func:`upstream` walks
+the graph from its input and finds exactly the calls that feed it. So two models, two threads, two forwards
+before one backward, a forward that never gets a backward, or a submodule called without its root cannot
+mix: they are different graphs. A `detach()` in the model separates what it separates for backprop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rewire.rules.base import DirectRule
+
+if TYPE_CHECKING:
+    from rewire.wiring import LayerState
+
+Node = torch.autograd.graph.Node
+_KEY = "rewire.call"
+
+
+def backward_id() -> int:
+    """A number for the backward pass this thread is in, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+class OutputError:
+    """The error e at one output layer's output in one pass; filled in by the backward.
+
+    Attributes:
+        state: the output layer.
+        axis: dimension of e with the n output features.
+        above: errors further downstream. If one of them arrived in the same backward pass, this layer
+            was not where the loss looked, and e here counts for nobody.
+        ports: how many inputs of upstream calls will ask for e.
+        voted: this pass counted towards the layer being an output layer.
+    """
+
+    __slots__ = ("_arrived", "_pending", "_seen", "_signals", "above", "axis", "error", "ports", "state", "targets", "voted")
+
+    def __init__(self, state: LayerState, axis: int, targets: Tensor | None) -> None:
+        self.state = state
+        self.axis = axis
+        self.targets = targets
+        self.above: list[OutputError] = []
+        self.error: Tensor | None = None
+        self.ports = 0
+        self.voted = False
+        self._seen = -2  # the newest backward pass in which any gradient came by here
+        self._arrived = -2  # the newest one in which it was the output error
+        self._pending = 0
+        self._signals: dict[type, Tensor] = {}
+
+    def deliver(self, gradient: Tensor) -> bool:
+        """Take the gradient at this layer's output; True if it is an output error."""
+        now = backward_id()
+        self._seen = now
+        if any(error._seen == now for error in self.above):
+            return False
+        self._arrived = now
+        self._pending = self.ports
+        self.error = gradient
+        self._signals = {}
+        return True
+
+    def here(self) -> bool:
+        """Whether e arrived in the backward pass under way."""
+        return self._arrived == backward_id()
+
+    def signal(self, rule: DirectRule) -> Tensor:
+        """What ``rule`` makes of e, computed once per pass for all layers."""
+        assert self.error is not None
+        kind = type(rule)
+        if kind not in self._signals:
+            self._signals[kind] = rule.signal(self.error, self.targets, self.axis)
+        return self._signals[kind]
+
+    def used(self) -> None:
+        """One port is done with e. After the last one e is let go: a loss kept around keeps no e alive."""
+        self._pending -= 1
+        if self._pending <= 0:
+            self.error = None
+            self._signals = {}
+
+
+class Call:
+    """One call of one layer: what the walk from an output layer needs to know about it.
+
+    Attributes:
+        state: the layer.
+        sources: graph nodes of its inputs.
+        tickets: outputs of its ports, to be handed to every output layer downstream.
+        ports: how many of its inputs will ask for e: by a port, or by a probe, which has no ticket.
+        errors: shared with the ports; every output layer downstream adds its e.
+        own: errors at its own outputs, if it is (or may be) an output layer.
+        feeders: for a layer with errors of its own: all calls upstream of it, so that no walk is done twice.
+        inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
+    """
+
+    __slots__ = ("errors", "feeders", "inputs", "own", "ports", "sources", "state", "tickets")
+
+    def __init__(
+        self, state: LayerState, sources: list[Node], tickets: list[Tensor], errors: list[OutputError], ports: int = 0
+    ) -> None:
+        self.state = state
+        self.ports = ports
+        self.sources = sources
+        self.tickets = tickets
+        self.errors = errors
+        self.own: list[OutputError] = []
+        self.feeders: list[Call] = []
+        self.inputs: list[Tensor] = []
+
+
+def leave(node: Node, call: Call) -> None:
+    """Put ``call`` on the graph node of its output. It lives exactly as long as the graph does."""
+    metadata: dict[Any, Any] = node.metadata
+    metadata[_KEY] = call
+
+
+def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
+    """All calls of layers of ``wiring`` on the way from the graph's leaves to ``sources``."""
+    found: dict[int, Call] = {}
+    seen: set[Node] = set()
+    stack = list(sources)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        call: Call | None = node.metadata.get(_KEY)
+        if call is None:
+            stack.extend([parent for parent, _ in node.next_functions if parent is not None])
+            continue
+        # From here only the inputs matter; how the layer's own weights were made does not.
+        if call.state.wiring is wiring and id(call) not in found:
+            found[id(call)] = call
+            if call.own:
+                for feeder in call.feeders:
+                    found[id(feeder)] = feeder
+                continue
+        stack.extend(call.sources)
+    return list(found.values())

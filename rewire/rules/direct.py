@@ -1,0 +1,97 @@
+"""Direct rules: the output error is projected straight to each layer's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rewire.errors import PassError
+from rewire.rules.base import DirectRule, register_rule
+
+
+@register_rule("dfa")
+class DFA(DirectRule):
+    """Direct feedback alignment: ``B e``."""
+
+    source = "Nøkland 2016, arXiv:1609.01596"
+
+    def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+        return error
+
+
+@register_rule("sdfa")
+class SDFA(DirectRule):
+    """Sign-quantised direct feedback alignment: ``B sign(e)``."""
+
+    source = "Frenkel et al. 2019, arXiv:1909.01311"
+
+    def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+        return torch.sign(error)
+
+
+@register_rule("drtp")
+class DRTP(DirectRule):
+    """Direct random target projection: ``B y*``, y* being the one-hot target.
+
+    The published update moves a hidden layer along ``-B y*``; with the feedback handed back as a gradient
+    the sign is a matter of B, whose distribution is symmetric.
+    """
+
+    source = "Frenkel et al. 2019, arXiv:1909.01311"
+    needs_targets = True
+
+    def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+        if targets is None:
+            return _targets_from_sign(error, axis)
+        if targets.is_floating_point() and targets.shape == error.shape:
+            return targets.to(error.dtype)
+        classes = error.shape[axis]
+        expected = tuple(n for i, n in enumerate(error.shape) if i != axis % error.dim())
+        if targets.is_floating_point() or targets.numel() != error.numel() // classes:
+            raise PassError(
+                f"drtp: targets of shape {tuple(targets.shape)} and dtype {targets.dtype} do not fit the output "
+                f"error of shape {tuple(error.shape)}: give class indices of shape {expected}, or floating "
+                f"targets of shape {tuple(error.shape)}"
+            )
+        index = targets.reshape(expected).unsqueeze(axis if axis >= 0 else axis % error.dim())
+        if not _transforming() and int(index.max()) >= classes:
+            raise PassError(f"drtp: target {int(index.max())} is out of range for {classes} outputs")
+        one_hot = torch.zeros_like(error).scatter_(axis, index.clamp(min=0), 1.0)
+        return one_hot * (index >= 0)  # a negative index (ignore_index) has no target
+
+
+def _transforming() -> bool:
+    """Inside a ``torch.func`` transform values cannot be looked at."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
+
+
+def _targets_from_sign(error: Tensor, axis: int) -> Tensor:
+    """One-hot targets read off a softmax cross-entropy error, ``e = (softmax(y) - y*) / N``.
+
+    Such an error has exactly one negative entry per sample and sums to zero; anything else is refused.
+    """
+    if _transforming():
+        raise PassError("drtp under torch.func transforms needs its targets: use `with rewire.targets(y):` inside")
+    negative = error < 0
+    size = error.abs().amax(axis)
+    tolerance = 8 * torch.finfo(error.dtype).eps * error.shape[axis]
+    one_at_most = bool((negative.sum(axis) <= 1).all())
+    balanced = bool((error.sum(axis).abs() <= tolerance * size + torch.finfo(error.dtype).tiny).all())
+    if not (one_at_most and balanced):
+        raise PassError(
+            "drtp projects the targets, and this loss does not show them: wrap the forward in "
+            "`with rewire.targets(y):`, or use a softmax cross-entropy loss with one-hot targets, whose "
+            "output error tells them by its sign"
+        )
+    return negative.to(error.dtype)
+
+
+@register_rule("shallow")
+class Shallow(DirectRule):
+    """Control: nothing is handed back, so only layers the loss sees directly are trained."""
+
+    silent = True
+
+    def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+        return torch.zeros_like(error)

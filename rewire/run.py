@@ -1,0 +1,225 @@
+"""One call of one converted layer: where x is cut, and what is left on the graph.
+
+Three ways, one per kind of rule: :func:`_exact` (``bp``), :func:`_local` and :func:`_direct`. Each ends in
+:func:`_finish`, which joins the output to the pass if the layer is, or may be, an output layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from rewire.edges import Carry, Join, Port, Probe, Project, alias, wall_at, watch
+from rewire.errors import PassError
+from rewire.layers.kinds import BackwardWeight
+from rewire.passes import Call, Node, OutputError, backward_id, leave, upstream
+from rewire.rules.base import DirectRule, LocalRule
+from rewire.targets import current_targets
+from rewire.wiring import LayerState, Role
+
+Forward = Callable[..., Any]
+
+
+def run(state: LayerState, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``forward`` (bound, the module's own) under the layer's rule. Gradients are on."""
+    nested = backward_id() != -1
+    if state.wiring.unsettled and not nested:
+        state.wiring.settle()
+    state.ran = True
+    rule = state.rule
+    if isinstance(rule, DirectRule):
+        if torch._C._are_functorch_transforms_active():
+            return _transformed(state, rule, forward, args, kwargs)
+        return _direct(state, rule, forward, args, kwargs, nested)
+    if isinstance(rule, LocalRule):
+        output = state.kind.run(module, forward, args, kwargs, _Backward(state, rule, nested))
+    else:
+        output = forward(*args, **kwargs)
+    if not state.joins:
+        return output
+    if torch._C._are_functorch_transforms_active():
+        return _transformed_output(state, output, args, kwargs)
+    return _finish(state, output, _sources(args, kwargs), [], [], 0, nested)
+
+
+class _Backward(BackwardWeight):
+    """The backward weight of a local rule for one call. A redrawn R is made in the backward, and not kept."""
+
+    def __init__(self, state: LayerState, rule: LocalRule, nested: bool) -> None:
+        self.state = state
+        self.rule = rule
+        self.keep = rule.uses_weight
+        if rule.redraw and not nested:
+            state.draws += 1
+        self.draw = state.draws
+
+    def random(self, weight: Tensor) -> Tensor | None:
+        self.scale = self.state.local_scale(weight)
+        self.like = (weight.shape, weight.dtype, weight.device)
+        return self.state.random(*self.like) if self.rule.random and not self.rule.redraw else None
+
+    def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
+        if self.rule.redraw:
+            random = self.state.random(*self.like, self.draw)
+        return self.rule.backward_weight(weight, random, self.scale)
+
+
+def _direct(
+    state: LayerState, rule: DirectRule, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], nested: bool
+) -> Any:
+    """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
+    errors: list[OutputError] = []
+    if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):  # nearly every layer
+        if not x.requires_grad:
+            return _finish(state, forward(x), [], [], errors, 0, nested)
+        sources = [x.grad_fn] if x.grad_fn is not None else []
+        wall = wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
+        if state.settled:
+            ticket: Tensor = Port.apply(x, state, rule, errors, 0, wall)
+            return _finish(state, forward(x.detach()), sources, [ticket], errors, 1, nested)
+        return _finish(state, forward(Probe.apply(x, state, rule, errors, 0, wall)), sources, [], errors, 1, nested)
+
+    leaves, spec = tree_flatten((args, kwargs))
+    tickets: list[Tensor] = []
+    sources = []
+    index = 0
+    for i, x in enumerate(leaves):
+        if isinstance(x, Tensor) and x.requires_grad:
+            if x.grad_fn is not None:
+                sources.append(x.grad_fn)
+            wall = wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
+            if state.settled:
+                tickets.append(Port.apply(x, state, rule, errors, index, wall))
+                leaves[i] = x.detach()
+            else:
+                leaves[i] = Probe.apply(x, state, rule, errors, index, wall)
+            index += 1
+    args, kwargs = tree_unflatten(leaves, spec)
+    return _finish(state, forward(*args, **kwargs), sources, tickets, errors, index, nested)
+
+
+def _finish(
+    state: LayerState,
+    output: Any,
+    sources: list[Node],
+    tickets: list[Tensor],
+    errors: list[OutputError],
+    ports: int,
+    nested: bool,
+) -> Any:
+    """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
+    call = Call(state, sources, tickets, errors, ports)
+    joins = state.joins
+    if isinstance(output, Tensor):
+        return _mark(state, call, output, joins, nested)
+    leaves, spec = tree_flatten(output)
+    for i, y in enumerate(leaves):
+        if isinstance(y, Tensor) and (y.requires_grad or (tickets and y.is_floating_point())):
+            leaves[i] = _mark(state, call, y, joins, nested)
+    return tree_unflatten(leaves, spec)
+
+
+def _mark(state: LayerState, call: Call, y: Tensor, joins: bool, nested: bool) -> Tensor:
+    if joins:
+        y = _join(state, call, y, nested)
+    elif call.tickets and not y.requires_grad:
+        y = Join.apply(y, state, None, nested, True, *call.tickets)  # frozen: keeps the graph in one piece
+    elif y._is_view():
+        # An in-place operation on a view would replace its graph node, and the call left there with it.
+        y = alias(y)
+    node = y.grad_fn
+    if node is not None:
+        leave(node, call)
+        if call.tickets and not joins:
+            # Watched at first, after a pass that never met an output layer, and in recomputation.
+            if nested or not state.newest:
+                node.register_prehook(watch(call, nested))
+            if not nested:
+                state.newest = call.errors
+    return y
+
+
+def _join(state: LayerState, call: Call, y: Tensor, nested: bool) -> Tensor:
+    """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
+    wiring = state.wiring
+    wiring.errors.pop(state.name, None)  # the newest pass has no error yet
+    error = OutputError(state, state.kind.axis(y.dim()), current_targets())
+    feeders = upstream(call.sources, wiring)
+    tickets: list[Tensor] = []
+    for feeder in [call, *feeders]:
+        feeder.errors.append(error)
+        tickets.extend(feeder.tickets)
+        error.ports += feeder.ports
+        for lower in feeder.own:
+            lower.above.append(error)
+    if not y.requires_grad and not tickets:
+        return y
+    call.own.append(error)
+    call.feeders = feeders
+    joined: Tensor = Join.apply(y, state, error, nested, state.kind.keeps_output, *tickets)
+    return joined
+
+
+def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
+    leaves = tree_flatten((args, kwargs))[0]
+    return [x.grad_fn for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None]
+
+
+# -- torch.func transforms -----------------------------------------------------------------------------
+
+
+def _transformed(
+    state: LayerState, rule: DirectRule, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Under ``grad``, ``vmap`` and their like: inputs are remembered on the graph, the output layer projects to all."""
+    leaves, spec = tree_flatten((args, kwargs))
+    inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+    _require_known(state, waiting=bool(inputs) and state.needs_scale(rule))
+    cut = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
+    y = forward(*cut[0], **cut[1])
+    call = Call(state, [x.grad_fn for x in inputs if x.grad_fn is not None], [], [])
+    call.inputs = inputs
+    if state.role is Role.OUTPUT:
+        return _project(state, call, y)
+    if not isinstance(y, Tensor):
+        raise PassError(f"block {state.label} returns {type(y).__name__}; under torch.func it must return one tensor")
+    if inputs and not y.requires_grad:
+        y = Carry.apply(y, inputs[0])
+    if y.grad_fn is not None:
+        leave(y.grad_fn, call)
+    return y
+
+
+def _transformed_output(state: LayerState, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """An output layer under ``bp`` or a local rule, with direct rules somewhere below it."""
+    if not any(isinstance(other.rule, DirectRule) for other in state.wiring.layers.values()):
+        return y
+    _require_known(state, waiting=False)
+    if state.role is not Role.OUTPUT:
+        return y
+    return _project(state, Call(state, _sources(args, kwargs), [], []), y)
+
+
+def _project(state: LayerState, call: Call, y: Tensor) -> Tensor:
+    error = OutputError(state, state.kind.axis(y.dim()), current_targets())
+    fed = [call, *upstream(call.sources, state.wiring)]
+    plan = [(other.state, other.state.rule, index) for other in fed for index, _ in enumerate(other.inputs)]
+    inputs = [x for other in fed for x in other.inputs]
+    projected: Tensor = Project.apply(y, error.targets, error, plan, *inputs)
+    return projected
+
+
+def _require_known(state: LayerState, waiting: bool) -> None:
+    wiring = state.wiring
+    if wiring.skip == "cut":
+        raise PassError("skip='cut' does not work under torch.func transforms; use skip='keep'")
+    if waiting or (state.role is Role.UNKNOWN and wiring.asked is None):
+        raise PassError(
+            f"layer {state.label}: a torch.func transform came before the first training pass, which finds the output "
+            "layer and measures the scale. Run one ordinary forward and backward first, or give both: "
+            "convert(..., output='...', scale=0.05)"
+        )

@@ -1,0 +1,157 @@
+"""Which modules, which rule: patterns, types and callables to a plan, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from rewire.errors import ConversionError, nearest
+from rewire.layers.block import Block
+from rewire.layers.kinds import Kind
+from rewire.layers.registry import kind_of
+from rewire.rules import BP, DirectRule, LocalRule, Rule, resolve
+
+RuleLike = str | Rule
+Pattern = str | type[nn.Module]
+Layers = Mapping[Pattern, RuleLike] | Callable[[str, nn.Module], RuleLike | None]
+
+
+@dataclass
+class Choice:
+    """One module to be converted."""
+
+    module: nn.Module
+    names: tuple[str, ...]  # a module may be registered in several places; the first name counts
+    kind: Kind
+    rule: Rule
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def select(model: nn.Module, rule: RuleLike, layers: Layers | None, blocks: Sequence[Pattern] | Pattern | None) -> list[Choice]:
+    """Everything to be converted in ``model``, in registration order.
+
+    Raises:
+        ConversionError: unknown rule, a pattern or type that fits nothing, a rule that a layer cannot have,
+            a model without layers.
+    """
+    default = resolve(rule)
+    names = _names(model)
+    block_of = _blocks(model, names, _listed(blocks))
+    choices: list[Choice] = []
+    inside: set[nn.Module] = set()
+    for module, aliases in names.items():
+        if module in inside:
+            continue
+        if module in block_of:
+            inside.update(module.modules())
+            choices.append(Choice(module, aliases, Block(module), default))
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside.update(module.modules())  # it uses its children's weights itself; they never run
+            continue
+        kind = kind_of(module)
+        if kind is not None:
+            choices.append(Choice(module, aliases, kind, default))
+    if not choices:
+        found = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+        raise ConversionError(
+            f"{type(model).__name__} has no layer that a rule could change (Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d); "
+            f"modules with parameters: {', '.join(found) or 'none'}"
+        )
+    _assign(choices, layers)
+    for choice in choices:
+        _check(choice)
+    return choices
+
+
+def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    names: dict[nn.Module, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module] = (*names.get(module, ()), name)
+    return names
+
+
+def _listed(blocks: Sequence[Pattern] | Pattern | None) -> tuple[Pattern, ...]:
+    if blocks is None:
+        return ()
+    return (blocks,) if isinstance(blocks, (str, type)) else tuple(blocks)
+
+
+def fits(pattern: Pattern, module: nn.Module, names: Iterable[str]) -> bool:
+    """Whether a qualified-name pattern (fnmatch) or a module type covers a module."""
+    if isinstance(pattern, str):
+        return any(fnmatchcase(name, pattern) for name in names)
+    return isinstance(module, pattern)
+
+
+def _check_pattern(pattern: object, what: str) -> None:
+    if not isinstance(pattern, str) and not (isinstance(pattern, type) and issubclass(pattern, nn.Module)):
+        raise ConversionError(f"{what}: a name pattern or a module type is needed, not {pattern!r}")
+
+
+def _blocks(model: nn.Module, names: dict[nn.Module, tuple[str, ...]], patterns: tuple[Pattern, ...]) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    for pattern in patterns:
+        _check_pattern(pattern, "blocks")
+        fitting = [m for m, aliases in names.items() if m is not model and fits(pattern, m, aliases)]
+        if not fitting:
+            every = [alias for aliases in names.values() for alias in aliases if alias]
+            hint = nearest(pattern, every) if isinstance(pattern, str) else ""
+            raise ConversionError(f"blocks: no module fits {_show(pattern)}{hint}")
+        found.update(fitting)
+    return found
+
+
+def _assign(choices: list[Choice], layers: Layers | None) -> None:
+    if layers is None:
+        return
+    if isinstance(layers, Mapping):
+        for pattern, wanted in layers.items():
+            _check_pattern(pattern, "layers")
+            rule = resolve(wanted)
+            fitting = [choice for choice in choices if fits(pattern, choice.module, choice.names)]
+            if not fitting:
+                hint = nearest(pattern, [n for c in choices for n in c.names]) if isinstance(pattern, str) else ""
+                raise ConversionError(f"layers: no layer fits {_show(pattern)}{hint}")
+            for choice in fitting:
+                choice.rule = rule
+    elif callable(layers):
+        for choice in choices:
+            chosen = layers(choice.name, choice.module)
+            if chosen is not None:
+                choice.rule = resolve(chosen)
+    else:
+        raise ConversionError(f"layers: a dict of patterns or a callable is needed, not {type(layers).__name__}")
+
+
+def _check(choice: Choice) -> None:
+    name, module = choice.name, choice.module
+    check_rule(name, choice.kind, choice.rule)
+    if "forward" in module.__dict__:
+        raise ConversionError(
+            f"layer {name!r} has a forward set on the object itself, which would bypass any rule: convert the model "
+            "before wrapping it, or leave the layer out with a model of its own"
+        )
+    if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
+        raise ConversionError(f"layer {name!r} is lazy and has no shape yet: run one forward before converting")
+    assert isinstance(choice.rule, (BP, LocalRule, DirectRule))
+
+
+def check_rule(name: str, kind: Kind, rule: Rule) -> None:
+    """Refuse a local rule where there is no weight it could replace."""
+    if isinstance(rule, LocalRule) and not kind.local:
+        raise ConversionError(
+            f"{name!r} is fed back as one block, which has no single weight for the local rule {rule!r} to replace: "
+            "use a direct rule (dfa, sdfa, drtp, shallow) for it"
+        )
+
+
+def _show(pattern: Pattern) -> str:
+    return repr(pattern) if isinstance(pattern, str) else f"type {pattern.__name__}"

@@ -1,0 +1,169 @@
+"""``summary``: every layer, its rule, and why others keep backprop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from rewire.errors import ConversionError
+from rewire.layers.registry import kind_of, why_not
+from rewire.rules.base import DirectRule, LocalRule
+from rewire.swap import state_of
+from rewire.wiring import LayerState, Role
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module with parameters.
+
+    Attributes:
+        name: qualified name.
+        type: its class, as before conversion.
+        rule: name of its rule; "bp" for what is not converted.
+        role: ``output``, ``hidden``, ``not seen yet`` (before the first training pass), or ``-``.
+        feedback_shape: of its feedback; None where there is none, or not known before the first pass.
+        feedback_bytes: memory of the feedback kept; 0 where it is made on the fly.
+        scale: standard deviation of the feedback's entries, if known.
+        note: why it is as it is.
+        converted: whether it was swapped.
+    """
+
+    name: str
+    type: str
+    rule: str
+    role: str
+    feedback_shape: tuple[int, ...] | None
+    feedback_bytes: int
+    scale: float | None
+    note: str
+    converted: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All modules with parameters of their own, in registration order. ``str()`` is a table."""
+
+    title: str
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def feedback_bytes(self) -> int:
+        """Memory of all feedback kept, in bytes."""
+        return sum(row.feedback_bytes for row in self.rows)
+
+    def __rich__(self) -> Table:
+        converted = sum(row.converted for row in self.rows)
+        table = Table(
+            title=self.title,
+            caption=f"{converted} layers converted, {len(self.rows) - converted} modules left alone; "
+            f"feedback {_bytes(self.feedback_bytes)}",
+        )
+        for column in ("layer", "type", "rule", "role", "feedback", "memory", "scale", "note"):
+            table.add_column(column, overflow="fold", justify="right" if column in ("memory", "scale") else "left")
+        for row in self.rows:
+            table.add_row(
+                row.name or "(model)",
+                row.type,
+                row.rule,
+                row.role,
+                "×".join(map(str, row.feedback_shape)) if row.feedback_shape else "-",
+                _bytes(row.feedback_bytes) if row.feedback_bytes else "-",
+                f"{row.scale:.3g}" if row.scale is not None else "-",
+                row.note,
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=140, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def summary(model: nn.Module) -> Summary:
+    """Every module of ``model`` that has parameters of its own, and what conversion did with it.
+
+    Works on converted and unconverted models; for the latter it says what :func:`rewire.convert` would do.
+    Shapes of direct feedback are known once the first training pass has shown the inputs' shapes.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"summary needs a torch.nn.Module, not {type(model).__name__}")
+    rows: list[Row] = []
+    whole: list[str] = []  # blocks and modules that use their children's weights themselves
+    whole_note: dict[str, str] = {}
+    for name, module in model.named_modules():
+        state = state_of(module)
+        if state is not None:
+            rows.append(_converted(module, name, state))
+            if not state.kind.local:
+                whole.append(name)
+                whole_note[name] = f"inside block {name!r}: exact backprop"
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            whole.append(name)
+            whole_note[name] = f"used directly by {name!r}"
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        owner = next((w for w in whole if w != name and name.startswith(f"{w}." if w else "")), None)
+        if owner is not None:
+            note = whole_note[owner]
+        elif kind_of(module) is not None:
+            note = "can be converted"
+        else:
+            note = why_not(module)
+        rows.append(Row(name, type(module).__name__, "bp", "-", None, 0, None, note, converted=False))
+    return Summary(type(model).__name__, rows)
+
+
+def _converted(module: nn.Module, name: str, state: LayerState) -> Row:
+    kind = getattr(type(module), "_rewired_from", type(module)).__name__
+    rule = state.rule
+    shape: tuple[int, ...] | None = None
+    size, scale, notes = 0, None, []
+    if isinstance(rule, LocalRule):
+        weight = state.kind.weight(module)
+        shape = tuple(weight.shape)
+        size = weight.numel() * weight.element_size() if rule.random and not rule.redraw else 0
+        scale = state.std
+        if rule.redraw:
+            notes.append("drawn anew in each backward")
+        if not rule.random:
+            notes.append("made from the weight in each backward")
+        if state.std_note:
+            notes.append(state.std_note)
+    elif isinstance(rule, DirectRule):
+        scale = state.scale
+        if rule.silent:
+            notes.append("hands back zeros")
+        elif state.shapes:
+            shape = next(iter(state.shapes.values()))
+            element = next((p.element_size() for p in module.parameters()), 4)
+            size = sum(math.prod(s) for s in state.shapes.values()) * element
+            if state.scale_note and state.scale_note not in ("given", "measured"):
+                notes.append(state.scale_note)
+        elif state.role is Role.UNKNOWN or not state.ran:
+            notes.append("feedback shape known after the first training pass")
+        else:
+            notes.append("first layer: nothing to hand back to")
+    elif state.role is Role.OUTPUT:
+        notes.append("exact gradient")
+    else:
+        notes.append("kept on backprop")
+    if state.active and not state.ran and any(other.ran for other in state.wiring.layers.values()):
+        notes.append("its forward has not run")
+    if not any(p.requires_grad for p in module.parameters(recurse=False)):
+        notes.append("frozen")
+    return Row(name, kind, repr(rule), state.role.value, shape, size, scale, "; ".join(notes), converted=True)
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

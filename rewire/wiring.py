@@ -1,0 +1,376 @@
+"""What belongs to one conversion: the layers' states, the output layers found, the newest output errors.
+
+Nothing here points back at the modules, so copying or saving a part of a model copies no more than that,
+and everything that can be made again (feedback, routes, errors of past passes) is left out of copies.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rewire.distributed import sum_over_ranks
+from rewire.errors import PassError, RewireWarning, RoutingError
+from rewire.feedback import standard_normal
+from rewire.layers.kinds import Kind
+from rewire.passes import OutputError
+from rewire.routing import Route, plan
+from rewire.rules.base import DirectRule, LocalRule, Rule
+
+
+class Role(Enum):
+    """What the first pass showed a layer to be."""
+
+    UNKNOWN = "not seen yet"
+    HIDDEN = "hidden"
+    OUTPUT = "output"
+
+
+class Wiring:
+    """Everything the layers of one converted model share.
+
+    Attributes:
+        seed: of all feedback.
+        skip: ``"keep"`` or ``"cut"``.
+        structure: of the feedback of direct rules.
+        scale: ``"auto"``, one standard deviation for all, or one by layer name.
+        asked: output layers named by the user, or None to find them.
+        outputs: output layers found so far, in the order that decides which feedback they use.
+        layers: states by qualified name, in registration order.
+        errors: the newest e of each output layer, by name.
+        unsettled: a pass has shown something that the next forward has to take in.
+        layout: order of sequence and batch dimension, once a pass showed it.
+    """
+
+    def __init__(
+        self, *, seed: int, skip: str, structure: str, scale: str | float | Mapping[str, float], asked: tuple[str, ...] | None
+    ) -> None:
+        self.seed = seed
+        self.skip = skip
+        self.structure = structure
+        self.scale = scale
+        self.asked = asked
+        self.outputs: list[str] = list(asked or ())
+        self.layers: dict[str, LayerState] = {}
+        self.errors: dict[str, Tensor] = {}
+        self.unsettled = False
+        self.layout: str | None = None
+        self._warned: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "errors": {}}
+
+    def outputs_label(self) -> str:
+        """Names of the output layers, for messages."""
+        return ", ".join(repr(name) for name in self.outputs) or "(none seen yet)"
+
+    def warn_once(self, key: str, message: str) -> None:
+        """Warn, the first time ``key`` comes up in this conversion."""
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RewireWarning, stacklevel=2)
+
+    def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> None:
+        """The gradient at the output of ``state`` is here: the output error, or a hidden layer's own.
+
+        Called in the backward of the layer's join, before any port upstream of it runs.
+        """
+        is_output = error.deliver(gradient)
+        if self.asked is not None:
+            self._check_asked(state, is_output)
+        if is_output:
+            self.errors[state.name] = gradient.detach()
+            if state.name not in self.outputs:
+                self.outputs.append(state.name)
+        if state.role is Role.OUTPUT:
+            return
+        # Roles are votes of passes: a side loss alone may come first and look like the output.
+        if is_output != error.voted:
+            state.votes += 1 if is_output else -1
+            error.voted = is_output
+        state.seen = True
+        self.unsettled = True
+
+    def _check_asked(self, state: LayerState, is_output: bool) -> None:
+        assert self.asked is not None
+        if is_output and state.name not in self.asked:
+            raise PassError(
+                f"the loss sees the output of layer {state.label}, which output={_one_or_all(self.asked)} does not "
+                f"name. Write output={_one_or_all((state.name,))}, or name every layer the loss sees, "
+                f"output={[*self.asked, state.name]!r}, or keep it on backprop, layers={{{state.name!r}: 'bp'}}"
+            )
+
+    def settle(self) -> None:
+        """Take in what the last pass showed: roles and scales. Called by the next forward, never in backward.
+
+        A backward may run forwards of its own (activation checkpointing), which must find everything as
+        the first forward did; so nothing changes before the pass is over.
+        """
+        self.unsettled = False
+        for state in self.layers.values():
+            if state.seen and state.role is not Role.OUTPUT:
+                state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
+        self._settle_scales()
+        for state in self.layers.values():
+            state.refresh()
+            if state.active and not state.ran:
+                self.warn_once(
+                    f"ran:{state.name}",
+                    f"layer {state.label} is converted to {state.rule!r}, but its forward did not run in the first "
+                    "training pass: if its weight is used by another module directly, the rule has no effect there",
+                )
+
+    def _settle_scales(self) -> None:
+        """Scale each measured layer's feedback so that it is as large as what backprop handed back."""
+        measured = [state for state in self.layers.values() if state.sums is not None]
+        if not measured:
+            return
+        sums = sum_over_ranks([state.sums or (0.0, 0.0) for state in measured])
+        ratios: dict[str, float] = {}
+        for state, (exact, fed) in zip(measured, sums, strict=True):
+            state.sums = None
+            if math.isfinite(exact) and math.isfinite(fed) and exact > 0 and fed > 0:
+                ratios[state.name] = math.sqrt(exact / fed)
+            elif not math.isfinite(exact) or not math.isfinite(fed):
+                self.warn_once(
+                    f"finite:{state.name}",
+                    f"layer {state.label}: the gradient of the measuring pass is not finite; it stays on backprop "
+                    "until a pass gives a finite one (usual for the first steps under a gradient scaler)",
+                )
+            elif fed > 0:
+                state.silent_passes += 1
+        typical = _geometric_mean([*ratios.values(), *(s.scale for s in self.layers.values() if s.scale)])
+        for state in measured:
+            if state.name in ratios:
+                state.set_scale(ratios[state.name], "measured")
+            elif state.silent_passes and typical is not None:
+                # A branch that starts at zero (a zero-initialised last norm of a residual block) hands back
+                # exactly nothing in the first pass; its first small gradient would be no measure either.
+                state.set_scale(typical, "backprop handed back zero; mean scale of the other layers")
+            elif state.silent_passes:
+                self.warn_once(
+                    "zero", "every gradient of the measuring pass was zero: the next pass is exact backprop once more"
+                )
+
+
+class LayerState:
+    """One converted layer: its rule, its role, its feedback.
+
+    Attributes:
+        name: qualified name in the converted model; "" for a model that is itself one layer.
+        kind: how to run it with another backward weight, and where its features are.
+        rule: what it hands back now (changed by ``use_rule``).
+        role: what passes have shown it to be.
+        scale: standard deviation of the entries of a direct feedback; None while not measured.
+        scale_note: where the scale comes from.
+        std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
+        ran: its forward has run with gradients on.
+        settled: role and scale are known: ports and tickets from now on.
+        ports: number of inputs that get feedback (one, except for blocks).
+    """
+
+    def __init__(self, name: str, kind: Kind, rule: Rule, wiring: Wiring, *, scale: float | None, std: float | None) -> None:
+        self.name = name
+        self.kind = kind
+        self.rule = rule
+        self.wiring = wiring
+        self.role = Role.UNKNOWN
+        self.scale = scale
+        self.scale_note = "given" if scale is not None else ""
+        self.std = std
+        self.std_note = ""
+        self.ran = False
+        self.seen = False
+        self.votes = 0
+        self.sums: tuple[float, float] | None = None
+        self.silent_passes = 0
+        self.draws = 0
+        self.newest: list[OutputError] | None = None
+        self.settled = False
+        self._random: dict[tuple[Any, ...], Tensor] = {}
+        self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
+        self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
+        return {**self.__dict__, "_random": {}, "_routes": {}, "newest": None, "sums": None}
+
+    @property
+    def label(self) -> str:
+        """The name, quoted, for messages; the model itself has no name."""
+        return repr(self.name) if self.name else "'' (the model itself)"
+
+    @property
+    def active(self) -> bool:
+        """Whether the rule is anything but backprop."""
+        return isinstance(self.rule, (LocalRule, DirectRule))
+
+    @property
+    def joins(self) -> bool:
+        """Whether its output may be what the loss sees: until a pass shows otherwise, and then if it is.
+
+        With output layers named by the user, a layer kept on backprop may sit above them.
+        """
+        if self.role is not Role.UNKNOWN:
+            return self.role is Role.OUTPUT
+        return self.wiring.asked is None or self.active
+
+    def needs_scale(self, rule: DirectRule) -> bool:
+        """Whether the layer still waits for a pass to measure its feedback's scale."""
+        return self.scale is None and not rule.silent
+
+    def refresh(self) -> None:
+        """Recompute ``settled`` after role, scale or rule changed."""
+        known = self.role is not Role.UNKNOWN
+        self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
+
+    def set_scale(self, scale: float, note: str) -> None:
+        """Fix the scale; feedback drawn so far had unit scale and is scaled in place."""
+        self.scale, self.scale_note = scale, note
+        for tensor in {id(t): t for _, t in self._routes.values()}.values():
+            tensor.mul_(scale)
+
+    # -- direct rules ------------------------------------------------------------------------------
+
+    def hand_back(
+        self, rule: DirectRule, errors: list[OutputError], index: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
+        """Feedback of all errors that arrived in this backward pass: a gradient for input ``index``."""
+        total: Tensor | None = None
+        for error in errors:
+            if error.here() and error.error is not None:
+                fed = self.project(rule, error, error.signal(rule), index, shape, dtype, device)
+                total = fed if total is None else total + fed
+                error.used()
+        return total
+
+    def project(
+        self,
+        rule: DirectRule,
+        error: OutputError,
+        signal: Tensor,
+        index: int,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """``signal B`` as a tensor of ``shape`` and ``dtype``."""
+        if rule.silent:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        key = (error.state.name, index, shape, signal.shape, dtype, device)
+        found = self._routes.get(key)
+        if found is None:
+            found = self._routes[key] = self._route(error, index, shape, signal.shape, dtype, device)
+        route, feedback = found
+        fed = route(signal, feedback)
+        return fed if fed.dtype == dtype else fed.to(dtype)
+
+    def _route(
+        self, error: OutputError, index: int, shape: torch.Size, e_shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Route, Tensor]:
+        wiring = self.wiring
+        try:
+            route = plan(
+                tuple(shape),
+                self.kind.axis(len(shape)),
+                tuple(e_shape),
+                error.axis,
+                structure=wiring.structure,
+                layout=wiring.layout,
+            )
+        except RoutingError as problem:
+            raise RoutingError(
+                f"layer {self.label} (output layer {error.state.label}): {problem}. Keep the layer on backprop or a "
+                f"local rule, layers={{{self.name!r}: 'bp'}}, or feed back a larger unit that has the batch in "
+                "front, blocks=[...]"
+            ) from None
+        if route.layout is not None:
+            wiring.layout = route.layout
+        output = error.state.name
+        self.shapes[output, index] = route.feedback_shape
+        # All shapes of x that need the same B share it: a short last batch, another sequence length.
+        for (name, i, _, _, t, d), (_, tensor) in self._routes.items():
+            if (name, i, t, d) == (output, index, dtype, device) and tensor.shape == route.feedback_shape:
+                return route, tensor
+        return route, self.direct_feedback(output, index, route.feedback_shape, dtype, device)
+
+    def direct_feedback(
+        self, output: str, index: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """B of a direct rule: N(0, scale^2), or N(0, 1) while the scale is not known."""
+        stream = self.name if index == 0 else f"{self.name}#{index}"
+        if self.wiring.outputs.index(output) if output in self.wiring.outputs else 0:
+            stream = f"{stream}@{output}"  # further outputs have feedback of their own
+        unit = standard_normal(shape, seed=self.wiring.seed, name=stream)
+        return (unit if self.scale is None else unit * self.scale).to(device=device, dtype=dtype)
+
+    def direct_feedbacks(self, module: nn.Module) -> dict[tuple[str, int], Tensor]:
+        """B by (output layer, input), as used so far; made again where a copy of the model dropped it."""
+        found: dict[tuple[str, int], Tensor] = {}
+        for (output, index, *_), (_, tensor) in self._routes.items():
+            if tuple(tensor.shape) == self.shapes.get((output, index)):
+                found[output, index] = tensor
+        like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+        for (output, index), shape in self.shapes.items():
+            if (output, index) not in found:
+                found[output, index] = self.direct_feedback(output, index, shape, like.dtype, like.device)
+        return found
+
+    def measure(self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor) -> None:
+        """Note how large the exact gradient is, and how large unit feedback would be, on this pass."""
+        fed = self.hand_back(rule, errors, index, exact.shape, exact.dtype, exact.device)
+        if fed is None:
+            return
+        # float64: squares of tiny float16 or bfloat16 gradients must not vanish.
+        sums = torch.stack([exact.detach().double().square().sum(), fed.detach().double().square().sum()]).tolist()
+        before = self.sums or (0.0, 0.0)
+        self.sums = (before[0] + sums[0], before[1] + sums[1])
+        self.wiring.unsettled = True
+
+    # -- local rules -------------------------------------------------------------------------------
+
+    def random(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0) -> Tensor:
+        """R of a local rule: N(0, std^2). Kept, unless it is a redraw."""
+        key = (shape, dtype, device)
+        found = self._random.get(key)
+        if found is None or draw:
+            assert self.std is not None
+            unit = standard_normal(shape, seed=self.wiring.seed, name=self.name, draw=draw)
+            found = (unit * self.std).to(device=device, dtype=dtype)
+            if not draw:
+                self._random = {key: found}
+        return found
+
+    def local_scale(self, weight: Tensor) -> float:
+        """s, measured now if the weight had no values at conversion."""
+        if self.std is None:
+            self.std, self.std_note = weight_scale(weight)
+        return self.std
+
+
+def weight_scale(weight: Tensor) -> tuple[float, str]:
+    """Standard deviation of a weight's entries, about their mean, and a note if it could not be used.
+
+    A weight that is constant (zero-initialised, one number) has none, and feedback of zeros would cut
+    everything below it off for good; such a layer gets PyTorch's own initial scale, 1/sqrt(3 fan_in).
+    """
+    if weight.numel() > 1:
+        std = float(weight.detach().double().std())
+        if math.isfinite(std) and std > 0:
+            return std, ""
+    fan_in = max(weight[0].numel(), 1) if weight.dim() > 1 else 1
+    return 1 / math.sqrt(3 * fan_in), "the weight is constant; 1/sqrt(3 fan_in) instead"
+
+
+def _geometric_mean(values: list[float]) -> float | None:
+    return math.exp(sum(math.log(v) for v in values) / len(values)) if values else None
+
+
+def _one_or_all(names: tuple[str, ...]) -> str:
+    return repr(names[0]) if len(names) == 1 else repr(list(names))
