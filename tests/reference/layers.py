@@ -140,8 +140,8 @@ class Conv:
                 for o in outs:
                     for j, c in enumerate(ins):
                         back = B[(o, j, *offset)] * df[:, o, at_out]
-                        for sample in range(n):  # add.at: padding may read one position several times
-                            np.add.at(handed[sample, c], at_in, back[sample])
+                        # add.at: padding may read one position several times
+                        np.add.at(handed, (slice(None), c, at_in), back)
                         dW[(o, j, *offset)] += (df[:, o, at_out] * xf[:, c, at_in]).sum()
         return handed.reshape(x.shape), dW, df.sum((0, 2))
 
