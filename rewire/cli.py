@@ -75,9 +75,7 @@ def _rewire(context: click.Context) -> None:
     help="Rules, several in quotes or by repeating.  [default: bp fa usf frsf dfa]",
 )
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many seeds: 0, 1, ...")
-@click.option(
-    "--data", default="digits", show_default=True, help="digits (with scikit-learn) or fashion-mnist."
-)
+@click.option("--data", default="digits", show_default=True, help="digits (with scikit-learn) or fashion-mnist.")
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
@@ -89,9 +87,7 @@ def _rewire(context: click.Context) -> None:
 @click.option("--lr", type=float, help="Learning rate.  [default: 0.001 for adam, 0.05 for sgd]")
 @click.option("--momentum", type=float, default=0.0, show_default=True, help="For sgd.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
-@click.option(
-    "--schedule", default="constant", show_default=True, help="constant, or cosine to zero over all steps."
-)
+@click.option("--schedule", default="constant", show_default=True, help="constant, or cosine to zero over all steps.")
 @click.option(
     "--metric",
     default="accuracy",

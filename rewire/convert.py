@@ -214,7 +214,9 @@ def _check_options(skip: object, feedback: object, scale: object, seed: object) 
     values = scale.values() if isinstance(scale, Mapping) else () if scale == "auto" else (scale,)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise ConversionError(f"scale is 'auto' or a positive number (or a dict of them by layer name), not {value!r}")
+            raise ConversionError(
+                f"scale is 'auto' or a positive number (or a dict of them by layer name), not {value!r}"
+            )
 
 
 def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -267,11 +269,14 @@ def _surrogates(
     found: list[tuple[nn.Module, type[nn.Module], DerivativeState]] = []
     for kind, function in derivative.items():
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or not callable(function):
-            raise ConversionError(f"derivative: {{module type: function of a}} is needed, not {{{kind!r}: {function!r}}}")
+            raise ConversionError(
+                f"derivative: {{module type: function of a}} is needed, not {{{kind!r}: {function!r}}}"
+            )
         fitting = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
         if not fitting:
             raise ConversionError(
-                f"derivative: the model has no {kind.__name__} module (functional calls such as F.relu cannot be replaced)"
+                f"derivative: the model has no {kind.__name__} module "
+                "(functional calls such as F.relu cannot be replaced)"
             )
         for name, module in fitting:
             if module in taken:
@@ -310,4 +315,3 @@ def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
 
 def _wiring(model: nn.Module) -> Wiring:
     return _states(model)[0][1].wiring
-

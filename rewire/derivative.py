@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from rewire.errors import PassError
-from rewire.swap import STATE
+from rewire.swap import STATE, derive
 
 Derivative = Callable[[Tensor], Tensor]
 
@@ -22,7 +21,7 @@ class _Surrogate(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor, y: Tensor, derivative: Derivative) -> Tensor:  # type: ignore[override]
+    def forward(a: Tensor, y: Tensor, derivative: Derivative) -> Tensor:
         return y.clone()
 
     @staticmethod
@@ -31,7 +30,7 @@ class _Surrogate(Function):
         ctx.save_for_backward(a)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
         (a,) = ctx.saved_tensors
         return delta * ctx.derivative(a), None, None
 
@@ -44,41 +43,31 @@ class DerivativeState:
         self.derivative = derivative
 
 
-@cache
+_surrogate: Callable[..., Tensor] = _Surrogate.apply
+_classes: dict[type, type[nn.Module]] = {}
+
+
 def surrogate_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an activation whose backward multiplies with the derivative it was given."""
+    if base in _classes:
+        return _classes[base]
 
     def forward(self: nn.Module, a: Tensor) -> Tensor:
-        plain = super(surrogate, self).forward
+        parent: Any = super(cls, self)
+        y: Tensor
         if not (torch.is_grad_enabled() and a.requires_grad):
-            y: Tensor = plain(a)
+            y = parent.forward(a)
             return y
         state: DerivativeState = self.__dict__[STATE]
         with torch.no_grad():
             # An in-place activation would overwrite the a that the derivative is taken at.
-            y = plain(a.clone() if getattr(self, "inplace", False) else a.detach())
+            y = parent.forward(a.clone() if getattr(self, "inplace", False) else a.detach())
         if y.shape != a.shape:
             raise PassError(
                 f"derivative= is for elementwise activations; {state.name!r} ({base.__name__}) turned "
                 f"{tuple(a.shape)} into {tuple(y.shape)}"
             )
-        out: Tensor = _Surrogate.apply(a, y, state.derivative)
-        return out
+        return _surrogate(a, y, state.derivative)
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (base,), self.__getstate__()
-
-    body = {
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": __reduce_ex__,
-        "forward": forward,
-        "_rewired_from": base,
-    }
-    surrogate: type[nn.Module] = type(f"Rewired{base.__name__}", (base,), body)
-    return surrogate
-
-
-def _empty(base: type[nn.Module]) -> nn.Module:
-    cls = surrogate_class(base)
-    return cls.__new__(cls)
+    cls = _classes[base] = derive(base, surrogate_class, {"forward": forward})
+    return cls

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def sum_over_ranks(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -17,9 +18,8 @@ def sum_over_ranks(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, fl
     """
     if not (dist.is_available() and dist.is_initialized()):
         return list(pairs)
-    from torch.nn.parallel import DistributedDataParallel
-
-    active = DistributedDataParallel._get_active_ddp_module()
+    find: Callable[[], DistributedDataParallel | None] = DistributedDataParallel._get_active_ddp_module
+    active = find()
     if active is None:
         return list(pairs)
     table = torch.tensor(pairs, dtype=torch.float64, device=active.device)

@@ -15,7 +15,7 @@ own and no gradient flows from its output to its input. What x gets instead come
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rewire.errors import PassError
-from rewire.passes import Call, OutputError
+from rewire.passes import Call, OutputError, metadata
 
 if TYPE_CHECKING:
     from rewire.rules.base import DirectRule
@@ -60,12 +60,12 @@ def wall_at(x: Tensor) -> Wall | None:
     """The wall at x, made when first asked for. A leaf has none: nothing below it could be reached."""
     if x.grad_fn is None:
         return None
-    metadata: dict[Any, Any] = x.grad_fn.metadata
-    walls: dict[int, Wall] = metadata.setdefault("rewire.walls", {})
+    walls: dict[int, Wall] = metadata(x.grad_fn).setdefault("rewire.walls", {})
     wall = walls.get(x.output_nr)
     if wall is None:
         wall = walls[x.output_nr] = Wall()
-        x.register_hook(wall)
+        hook: Callable[..., Any] = x.register_hook
+        hook(wall)
     return wall
 
 
@@ -73,8 +73,14 @@ class Port(Function):
     """x -> ticket; backward: x's gradient is its layer's feedback of the errors that arrived."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, state: LayerState, rule: DirectRule, errors: list[OutputError], index: int, wall: Wall | None
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        state: LayerState,
+        rule: DirectRule,
+        errors: list[OutputError],
+        index: int,
+        wall: Wall | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.rule, ctx.errors, ctx.index, ctx.wall = state, rule, errors, index, wall
@@ -82,7 +88,7 @@ class Port(Function):
         return x.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         fed = ctx.state.hand_back(ctx.rule, ctx.errors, ctx.index, *ctx.like)
         if ctx.wall is not None and fed is not None:
             ctx.wall.add(fed)
@@ -97,8 +103,14 @@ class Probe(Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, state: LayerState, rule: DirectRule, errors: list[OutputError], index: int, wall: Wall | None
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        state: LayerState,
+        rule: DirectRule,
+        errors: list[OutputError],
+        index: int,
+        wall: Wall | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.rule, ctx.errors, ctx.index, ctx.wall = state, rule, errors, index, wall
@@ -106,7 +118,7 @@ class Probe(Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         if ctx.state.needs_scale(ctx.rule):
             if exact is not None:
                 ctx.state.measure(ctx.rule, ctx.errors, ctx.index, exact)
@@ -125,8 +137,14 @@ class Join(Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, state: LayerState, error: OutputError | None, nested: bool, copy: bool, *tickets: Tensor
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        state: LayerState,
+        error: OutputError | None,
+        nested: bool,
+        copy: bool,
+        *tickets: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.error, ctx.nested, ctx.tickets = state, error, nested, len(tickets)
@@ -135,12 +153,13 @@ class Join(Function):
         return y.clone() if copy else alias(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.error is not None and gradient is not None:
             if ctx.nested:
                 raise PassError(reentrant_message(ctx.state.label))
             ctx.state.wiring.error_reached(ctx.state, ctx.error, gradient)
-        return (gradient, None, None, None, None) + (None,) * ctx.tickets
+        tickets: int = ctx.tickets
+        return (gradient, None, None, None, None) + (None,) * tickets
 
 
 class Project(Function):
@@ -155,7 +174,7 @@ class Project(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         y: Tensor,
         targets: Tensor | None,
         error: OutputError,
@@ -171,7 +190,7 @@ class Project(Function):
         ctx.save_for_backward(targets)
 
     @staticmethod
-    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         error: OutputError = ctx.error
         (targets,) = ctx.saved_tensors
         signals: dict[type, Tensor] = {}
@@ -190,7 +209,7 @@ class Carry(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(y: Tensor, x: Tensor) -> Tensor:
         return y.clone()
 
     @staticmethod
@@ -198,8 +217,16 @@ class Carry(Function):
         ctx.shape = inputs[1].shape
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient.new_zeros(ctx.shape)
+
+
+# ``Function.apply`` is not annotated in PyTorch; these are.
+port: Callable[..., Tensor] = Port.apply
+probe: Callable[..., Tensor] = Probe.apply
+join: Callable[..., Tensor] = Join.apply
+project: Callable[..., Tensor] = Project.apply
+carry: Callable[..., Tensor] = Carry.apply
 
 
 def watch(call: Call, nested: bool) -> Any:
@@ -221,6 +248,7 @@ def watch(call: Call, nested: bool) -> Any:
 
 
 def reentrant_message(label: str) -> str:
+    """What to say when a layer ran inside a backward pass that then went through it."""
     return (
         f"layer {label} was run again inside a backward pass that goes through it: re-entrant activation "
         "checkpointing hides the layer from the output error. Use checkpoint(..., use_reentrant=False)"

@@ -34,7 +34,7 @@ class _Linear(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, random: Tensor | None, combine: Combine, keep: bool
     ) -> Tensor:
         y = F.linear(x, weight, bias)
@@ -43,13 +43,13 @@ class _Linear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, random, ctx.combine, keep = inputs
+        x, weight, _, random, ctx.combine, keep = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x and keep else None, random)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dx = dw = db = None
         if delta is not None:
@@ -72,7 +72,7 @@ class _Convolution(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -86,7 +86,7 @@ class _Convolution(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, random, ctx.combine, keep, ctx.geometry = inputs
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_x = ctx.needs_input_grad[0]
         ctx.set_materialize_grads(False)
         # The kernel wants a weight for its shape even where only the bias has a gradient.
         kept = weight if keep or random is None or not needs_x else None
@@ -95,7 +95,7 @@ class _Convolution(Function):
         ctx.bias_size = None if bias is None else list(bias.shape)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor | None) -> tuple[Tensor | None, ...]:
         if delta is None:
             return (None,) * 7
         needs = list(ctx.needs_input_grad[:3])
@@ -114,12 +114,18 @@ def _eager(function: type[Function]) -> type[Function]:
         split.setup_context(ctx, inputs, output)
         return output
 
-    body = {"forward": staticmethod(forward), "setup_context": Function.setup_context, "generate_vmap_rule": False}
+    body = {
+        "forward": staticmethod(forward),
+        "setup_context": Function.setup_context,
+        "generate_vmap_rule": False,
+    }
     return type(function.__name__.lstrip("_"), (function,), body)
 
 
-_EagerLinear = _eager(_Linear)
-_EagerConvolution = _eager(_Convolution)
+_linear: Callable[..., Tensor] = _Linear.apply
+_eager_linear: Callable[..., Tensor] = _eager(_Linear).apply
+_convolution: Callable[..., Tensor] = _Convolution.apply
+_eager_convolution: Callable[..., Tensor] = _eager(_Convolution).apply
 
 
 def _transforming() -> bool:
@@ -139,9 +145,8 @@ def linear(
         keep: whether ``combine`` reads W; otherwise W is not kept and arrives as None.
     """
     x, weight, bias = _as_autocast(x, weight, bias)
-    function = _Linear if _transforming() else _EagerLinear
-    y: Tensor = function.apply(x, weight, bias, _like(random, weight), combine, keep)
-    return y
+    function = _linear if _transforming() else _eager_linear
+    return function(x, weight, bias, _like(random, weight), combine, keep)
 
 
 def convolution(
@@ -166,10 +171,8 @@ def convolution(
     x, weight, bias = _as_autocast(x, weight, bias)
     batched = x.dim() == weight.dim()
     geometry = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
-    function = _Convolution if _transforming() else _EagerConvolution
-    y: Tensor = function.apply(
-        x if batched else x.unsqueeze(0), weight, bias, _like(random, weight), combine, keep, geometry
-    )
+    function = _convolution if _transforming() else _eager_convolution
+    y = function(x if batched else x.unsqueeze(0), weight, bias, _like(random, weight), combine, keep, geometry)
     return y if batched else y.squeeze(0)
 
 

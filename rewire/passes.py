@@ -41,7 +41,19 @@ class OutputError:
         voted: this pass counted towards the layer being an output layer.
     """
 
-    __slots__ = ("_arrived", "_pending", "_seen", "_signals", "above", "axis", "error", "ports", "state", "targets", "voted")
+    __slots__ = (
+        "_arrived",
+        "_pending",
+        "_seen",
+        "_signals",
+        "above",
+        "axis",
+        "error",
+        "ports",
+        "state",
+        "targets",
+        "voted",
+    )
 
     def __init__(self, state: LayerState, axis: int, targets: Tensor | None) -> None:
         self.state = state
@@ -105,7 +117,12 @@ class Call:
     __slots__ = ("errors", "feeders", "inputs", "own", "ports", "sources", "state", "tickets")
 
     def __init__(
-        self, state: LayerState, sources: list[Node], tickets: list[Tensor], errors: list[OutputError], ports: int = 0
+        self,
+        state: LayerState,
+        sources: list[Node],
+        tickets: list[Tensor],
+        errors: list[OutputError],
+        ports: int = 0,
     ) -> None:
         self.state = state
         self.ports = ports
@@ -117,10 +134,15 @@ class Call:
         self.inputs: list[Tensor] = []
 
 
+def metadata(node: Node) -> dict[Any, Any]:
+    """A dict that lives on a graph node, exactly as long as the graph does."""
+    found: Any = node.metadata
+    return found  # type: ignore[no-any-return]
+
+
 def leave(node: Node, call: Call) -> None:
-    """Put ``call`` on the graph node of its output. It lives exactly as long as the graph does."""
-    metadata: dict[Any, Any] = node.metadata
-    metadata[_KEY] = call
+    """Put ``call`` on the graph node of its output."""
+    metadata(node)[_KEY] = call
 
 
 def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
@@ -133,7 +155,7 @@ def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
         if node in seen:
             continue
         seen.add(node)
-        call: Call | None = node.metadata.get(_KEY)
+        call: Call | None = metadata(node).get(_KEY)
         if call is None:
             stack.extend([parent for parent, _ in node.next_functions if parent is not None])
             continue

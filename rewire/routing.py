@@ -91,7 +91,13 @@ class _Side:
 
 
 def plan(
-    x_shape: Shape, x_axis: int, e_shape: Shape, e_axis: int, *, structure: str = "dense", layout: str | None = None
+    x_shape: Shape,
+    x_axis: int,
+    e_shape: Shape,
+    e_axis: int,
+    *,
+    structure: str = "dense",
+    layout: str | None = None,
 ) -> Route:
     """Decide the way from an e of ``e_shape`` to an x of ``x_shape``.
 

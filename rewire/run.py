@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rewire.edges import Carry, Join, Port, Probe, Project, alias, wall_at, watch
+from rewire.edges import alias, carry, join, port, probe, project, wall_at, watch
 from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight
 from rewire.passes import Call, Node, OutputError, backward_id, leave, upstream
@@ -69,7 +69,12 @@ class _Backward(BackwardWeight):
 
 
 def _direct(
-    state: LayerState, rule: DirectRule, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], nested: bool
+    state: LayerState,
+    rule: DirectRule,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    nested: bool,
 ) -> Any:
     """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
     errors: list[OutputError] = []
@@ -79,9 +84,9 @@ def _direct(
         sources = [x.grad_fn] if x.grad_fn is not None else []
         wall = wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
         if state.settled:
-            ticket: Tensor = Port.apply(x, state, rule, errors, 0, wall)
+            ticket = port(x, state, rule, errors, 0, wall)
             return _finish(state, forward(x.detach()), sources, [ticket], errors, 1, nested)
-        return _finish(state, forward(Probe.apply(x, state, rule, errors, 0, wall)), sources, [], errors, 1, nested)
+        return _finish(state, forward(probe(x, state, rule, errors, 0, wall)), sources, [], errors, 1, nested)
 
     leaves, spec = tree_flatten((args, kwargs))
     tickets: list[Tensor] = []
@@ -93,10 +98,10 @@ def _direct(
                 sources.append(x.grad_fn)
             wall = wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
             if state.settled:
-                tickets.append(Port.apply(x, state, rule, errors, index, wall))
+                tickets.append(port(x, state, rule, errors, index, wall))
                 leaves[i] = x.detach()
             else:
-                leaves[i] = Probe.apply(x, state, rule, errors, index, wall)
+                leaves[i] = probe(x, state, rule, errors, index, wall)
             index += 1
     args, kwargs = tree_unflatten(leaves, spec)
     return _finish(state, forward(*args, **kwargs), sources, tickets, errors, index, nested)
@@ -127,7 +132,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool, nested: bool) -
     if joins:
         y = _join(state, call, y, nested)
     elif call.tickets and not y.requires_grad:
-        y = Join.apply(y, state, None, nested, True, *call.tickets)  # frozen: keeps the graph in one piece
+        y = join(y, state, None, nested, True, *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
         # An in-place operation on a view would replace its graph node, and the call left there with it.
         y = alias(y)
@@ -160,8 +165,7 @@ def _join(state: LayerState, call: Call, y: Tensor, nested: bool) -> Tensor:
         return y
     call.own.append(error)
     call.feeders = feeders
-    joined: Tensor = Join.apply(y, state, error, nested, state.kind.keeps_output, *tickets)
-    return joined
+    return join(y, state, error, nested, state.kind.keeps_output, *tickets)
 
 
 def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
@@ -188,7 +192,7 @@ def _transformed(
     if not isinstance(y, Tensor):
         raise PassError(f"block {state.label} returns {type(y).__name__}; under torch.func it must return one tensor")
     if inputs and not y.requires_grad:
-        y = Carry.apply(y, inputs[0])
+        y = carry(y, inputs[0])
     if y.grad_fn is not None:
         leave(y.grad_fn, call)
     return y
@@ -209,8 +213,7 @@ def _project(state: LayerState, call: Call, y: Tensor) -> Tensor:
     fed = [call, *upstream(call.sources, state.wiring)]
     plan = [(other.state, other.state.rule, index) for other in fed for index, _ in enumerate(other.inputs)]
     inputs = [x for other in fed for x in other.inputs]
-    projected: Tensor = Project.apply(y, error.targets, error, plan, *inputs)
-    return projected
+    return project(y, error.targets, error, plan, *inputs)
 
 
 def _require_known(state: LayerState, waiting: bool) -> None:

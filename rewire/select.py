@@ -34,7 +34,9 @@ class Choice:
         return self.names[0]
 
 
-def select(model: nn.Module, rule: RuleLike, layers: Layers | None, blocks: Sequence[Pattern] | Pattern | None) -> list[Choice]:
+def select(
+    model: nn.Module, rule: RuleLike, layers: Layers | None, blocks: Sequence[Pattern] | Pattern | None
+) -> list[Choice]:
     """Everything to be converted in ``model``, in registration order.
 
     Raises:
@@ -60,10 +62,12 @@ def select(model: nn.Module, rule: RuleLike, layers: Layers | None, blocks: Sequ
         if kind is not None:
             choices.append(Choice(module, aliases, kind, default))
     if not choices:
-        found = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+        found = sorted(
+            {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
+        )
         raise ConversionError(
-            f"{type(model).__name__} has no layer that a rule could change (Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d); "
-            f"modules with parameters: {', '.join(found) or 'none'}"
+            f"{type(model).__name__} has no layer that a rule could change (Linear, Conv1d/2d/3d, "
+            f"ConvTranspose1d/2d/3d); modules with parameters: {', '.join(found) or 'none'}"
         )
     _assign(choices, layers)
     for choice in choices:

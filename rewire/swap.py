@@ -6,7 +6,7 @@ a subclass of the old one, so ``isinstance`` holds, and setting the old class ag
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,46 +18,63 @@ from rewire.wiring import LayerState
 STATE = "_rewire"  # in the module's __dict__: not a parameter, buffer or submodule
 
 
-@cache
-def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``base`` whose forward runs under a rule. One per class, made when first needed."""
+Builder = Callable[[type[nn.Module]], type[nn.Module]]
+_classes: dict[tuple[Any, type], type[nn.Module]] = {}
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = super(rewired, self).forward
-        if not torch.is_grad_enabled():
-            return plain(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return _outside_of_compile(self.__dict__[STATE], self, plain, args, kwargs)
-        return run(self.__dict__[STATE], self, plain, args, kwargs)
 
-    def extra_repr(self: nn.Module) -> str:
-        plain: str = super(rewired, self).extra_repr()
-        rule = f"rule={self.__dict__[STATE].rule!r}"
-        return f"{plain}, {rule}" if plain else rule
+def derive(base: type[nn.Module], builder: Builder, body: dict[str, Any]) -> type[nn.Module]:
+    """A subclass of ``base`` with ``body``, named after it.
+
+    Args:
+        builder: the module-level function that asked. The class is made at run time, so pickles of its
+            objects name ``builder`` and ``base`` instead of it.
+    """
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickles name the class it was made from.
-        return _empty, (base,), self.__getstate__()
+        getstate: Callable[[], Any] = self.__getstate__  # a class that refuses to be pickled does so here
+        return _empty, (builder, base), getstate()
 
-    body = {
+    common = {
         "__module__": base.__module__,
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
-        "forward": forward,
-        "extra_repr": extra_repr,
         "_rewired_from": base,
     }
-    rewired: type[nn.Module] = type(f"Rewired{base.__name__}", (base,), body)
-    return rewired
+    return type(f"Rewired{base.__name__}", (base,), common | body)
+
+
+def _empty(builder: Builder, base: type[nn.Module]) -> nn.Module:
+    cls = builder(base)
+    return cls.__new__(cls)
+
+
+def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` whose forward runs under a rule. One per class, made when first needed."""
+    key = (rewired_class, base)
+    if key in _classes:
+        return _classes[key]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super(cls, self)
+        if not torch.is_grad_enabled():
+            return parent.forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _outside_of_compile(self.__dict__[STATE], self, parent.forward, args, kwargs)
+        return run(self.__dict__[STATE], self, parent.forward, args, kwargs)
+
+    def extra_repr(self: nn.Module) -> str:
+        parent: Any = super(cls, self)
+        plain: str = parent.extra_repr()
+        rule = f"rule={self.__dict__[STATE].rule!r}"
+        return f"{plain}, {rule}" if plain else rule
+
+    cls = _classes[key] = derive(base, rewired_class, {"forward": forward, "extra_repr": extra_repr})
+    return cls
 
 
 # Each layer is a graph break: what is left on the autograd graph cannot be traced.
-_outside_of_compile = torch.compiler.disable(run)
-
-
-def _empty(base: type[nn.Module]) -> nn.Module:
-    cls = rewired_class(base)
-    return cls.__new__(cls)
+_disable: Callable[..., Any] = torch.compiler.disable
+_outside_of_compile: Callable[..., Any] = _disable(run)
 
 
 def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:
@@ -68,7 +85,7 @@ def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:
 
 def swap_out(module: nn.Module) -> None:
     """Give ``module`` the class it had before. No trace is left."""
-    module.__class__ = type(module)._rewired_from  # type: ignore[attr-defined]
+    module.__class__ = vars(type(module))["_rewired_from"]
     module.__dict__.pop(STATE, None)
 
 

@@ -49,7 +49,13 @@ class Wiring:
     """
 
     def __init__(
-        self, *, seed: int, skip: str, structure: str, scale: str | float | Mapping[str, float], asked: tuple[str, ...] | None
+        self,
+        *,
+        seed: int,
+        skip: str,
+        structure: str,
+        scale: str | float | Mapping[str, float],
+        asked: tuple[str, ...] | None,
     ) -> None:
         self.seed = seed
         self.skip = skip
@@ -155,7 +161,8 @@ class Wiring:
                 state.set_scale(typical, "backprop handed back zero; mean scale of the other layers")
             elif state.silent_passes:
                 self.warn_once(
-                    "zero", "every gradient of the measuring pass was zero: the next pass is exact backprop once more"
+                    "zero",
+                    "every gradient of the measuring pass was zero: the next pass is exact backprop once more",
                 )
 
 
@@ -175,7 +182,9 @@ class LayerState:
         ports: number of inputs that get feedback (one, except for blocks).
     """
 
-    def __init__(self, name: str, kind: Kind, rule: Rule, wiring: Wiring, *, scale: float | None, std: float | None) -> None:
+    def __init__(
+        self, name: str, kind: Kind, rule: Rule, wiring: Wiring, *, scale: float | None, std: float | None
+    ) -> None:
         self.name = name
         self.kind = kind
         self.rule = rule
@@ -239,7 +248,13 @@ class LayerState:
     # -- direct rules ------------------------------------------------------------------------------
 
     def hand_back(
-        self, rule: DirectRule, errors: list[OutputError], index: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
+        self,
+        rule: DirectRule,
+        errors: list[OutputError],
+        index: int,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Tensor | None:
         """Feedback of all errors that arrived in this backward pass: a gradient for input ``index``."""
         total: Tensor | None = None
@@ -272,7 +287,13 @@ class LayerState:
         return fed if fed.dtype == dtype else fed.to(dtype)
 
     def _route(
-        self, error: OutputError, index: int, shape: torch.Size, e_shape: torch.Size, dtype: torch.dtype, device: torch.device
+        self,
+        error: OutputError,
+        index: int,
+        shape: torch.Size,
+        e_shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> tuple[Route, Tensor]:
         wiring = self.wiring
         try:

@@ -33,9 +33,7 @@ def read(path: Path, dims: int) -> npt.NDArray[np.uint8]:
         raise InputError(f"cannot read {path}: {error}") from error
 
     if raw[:4] != bytes((0, 0, _UINT8, dims)):
-        raise InputError(
-            f"{path} is not an IDX file of {dims}-dimensional bytes (starts {raw[:4].hex() or 'empty'})"
-        )
+        raise InputError(f"{path} is not an IDX file of {dims}-dimensional bytes (starts {raw[:4].hex() or 'empty'})")
     start = 4 + 4 * dims
     if len(raw) < start:
         raise InputError(f"{path} ends inside its header")

@@ -114,9 +114,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> 
     return right / len(y)
 
 
-def _epoch(
-    trainer: Trainer, data: Dataset, batch_size: int, order: torch.Generator, step_times: list[float]
-) -> float:
+def _epoch(trainer: Trainer, data: Dataset, batch_size: int, order: torch.Generator, step_times: list[float]) -> float:
     """One pass over the training data; mean loss per image, or the first loss that is not finite."""
     total = 0.0
     shuffled = torch.randperm(len(data.x_train), generator=order)

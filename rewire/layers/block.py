@@ -24,6 +24,11 @@ class Block(Kind):
         return 1 if dims in self.images else -1
 
     def run(
-        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
     ) -> Any:
         raise TypeError("a block has no weight of its own that a local rule could replace")

@@ -25,7 +25,12 @@ class Convolution(_Spatial):
     title = "convolution"
 
     def run(
-        self, module: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+        self,
+        module: Any,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
     ) -> Tensor:
         (x,) = (*args, *kwargs.values())
         weight = self.weight(module)
@@ -56,7 +61,12 @@ class TransposedConvolution(_Spatial):
     title = "transposed convolution"
 
     def run(
-        self, module: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+        self,
+        module: Any,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
     ) -> Tensor:
         x, output_size = _transposed_arguments(*args, **kwargs)
         weight = self.weight(module)

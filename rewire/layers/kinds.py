@@ -33,7 +33,12 @@ class Kind:
         return weight
 
     def run(
-        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
     ) -> Any:
         """The layer's forward, with the input gradient made by ``backward``."""
         raise NotImplementedError

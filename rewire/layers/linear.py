@@ -19,11 +19,17 @@ class Linear(Kind):
         return -1
 
     def run(
-        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
     ) -> Tensor:
         weight = self.weight(module)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
-        return operations.linear(*args, *kwargs.values(), weight, bias, backward.random(weight), backward.combine, backward.keep)
+        (x,) = (*args, *kwargs.values())
+        return operations.linear(x, weight, bias, backward.random(weight), backward.combine, backward.keep)
 
 
 class TransposedLinear(Kind):
@@ -35,7 +41,12 @@ class TransposedLinear(Kind):
         return -1
 
     def run(
-        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
     ) -> Tensor:
         weight = self.weight(module)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
@@ -44,6 +55,6 @@ class TransposedLinear(Kind):
         def combine(w: Tensor | None, r: Tensor | None) -> Tensor:
             return backward.combine(None if w is None else w.t(), None if r is None else r.t()).t()
 
-        return operations.linear(
-            *args, *kwargs.values(), weight.t(), bias, None if random is None else random.t(), combine, backward.keep
-        )
+        (x,) = (*args, *kwargs.values())
+        flipped = None if random is None else random.t()
+        return operations.linear(x, weight.t(), bias, flipped, combine, backward.keep)

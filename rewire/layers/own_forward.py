@@ -35,14 +35,19 @@ class OwnForward(Kind):
         return self.base.axis(dims)
 
     def run(
-        self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backward: BackwardWeight
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
     ) -> Any:
         with _Replace(self.weight(module).shape, backward) as replaced:
             y = forward(*args, **kwargs)
         if not replaced.count:
             raise PassError(
-                f"the forward of {type(module).__name__} never used a weight of shape {tuple(self.weight(module).shape)} "
-                "in a linear operation or convolution, so a local rule has nothing to replace: use a direct rule "
+                f"the forward of {type(module).__name__} never used a weight of shape "
+                f"{tuple(self.weight(module).shape)} in a linear operation or convolution, so a local rule has nothing to replace: use a direct rule "
                 "or 'bp' for it, layers={...}"
             )
         return y
@@ -93,7 +98,10 @@ def _convolution(
     rank = weight.dim() - 2
     dilation = _numbers(dilation, rank)
     x, padding = same_padding(
-        input, padding if isinstance(padding, str) else _numbers(padding, rank), tuple(weight.shape[2:]), dilation
+        input,
+        padding if isinstance(padding, str) else _numbers(padding, rank),
+        tuple(weight.shape[2:]),
+        dilation,
     )
     return operations.convolution(
         x,
@@ -148,8 +156,5 @@ def _signature(run: Callable[..., Any]) -> inspect.Signature:
 _OPERATIONS: dict[Any, tuple[inspect.Signature, Callable[..., Any]]] = {
     F.linear: (_signature(_linear), _linear),
     **{f: (_signature(_convolution), _convolution) for f in (F.conv1d, F.conv2d, F.conv3d)},
-    **{
-        f: (_signature(_transposed), _transposed)
-        for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    },
+    **{f: (_signature(_transposed), _transposed) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
 }

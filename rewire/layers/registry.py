@@ -23,12 +23,12 @@ def kind_of(module: nn.Module) -> Kind | None:
     for cls in type(module).__mro__:
         kind = _kinds.get(cls) or _named_kinds.get(f"{cls.__module__}.{cls.__qualname__}")
         if kind is not None:
-            own = type(module).forward is not cls.forward or _overrides(module, cls, "_conv_forward")
+            own = _overrides(module, cls, "forward") or _overrides(module, cls, "_conv_forward")
             return OwnForward(kind) if own else kind
     return None
 
 
-def _overrides(module: nn.Module, cls: type[nn.Module], name: str) -> bool:
+def _overrides(module: nn.Module, cls: type, name: str) -> bool:
     return getattr(type(module), name, None) is not getattr(cls, name, None)
 
 

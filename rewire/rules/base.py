@@ -143,9 +143,7 @@ def resolve(rule: str | Rule) -> Rule:
         raise ConversionError(f"unknown rule {rule!r}{nearest(rule, _registry)} rules: {', '.join(_registry)}")
     if isinstance(rule, type) and issubclass(rule, Rule):
         raise ConversionError(f"{rule.__name__} is a class: pass an instance, {rule.__name__}()")
-    raise ConversionError(
-        f"a rule is a name or an instance of rewire.LocalRule or rewire.DirectRule, not {rule!r}"
-    )
+    raise ConversionError(f"a rule is a name or an instance of rewire.LocalRule or rewire.DirectRule, not {rule!r}")
 
 
 register_rule("bp")(BP)
