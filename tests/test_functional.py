@@ -394,6 +394,35 @@ def test_converted_stacked_models_with_data_of_their_own(net, rule):
 
 
 @BY_MODEL
+@BY_SCALE
+def test_converted_drtp_with_targets(net, scale):
+    model, x, y, loss = converted(net, "drtp", scale)
+    params = detached(model)
+
+    def told(params, x, y):
+        with rewire.targets(y):
+            return loss(params, x, y)
+
+    same(grad(told)(params, x, y), backward_gradients(model, x, y))
+    ours = vmap(grad(lambda p, x, y: told(p, x[None], y[None])), in_dims=(None, 0, 0))(params, x, y)
+    for i in range(len(x)):
+        same(sliced(ours, i), backward_gradients(model, x[i : i + 1], y[i : i + 1]))
+
+
+@BY_MODEL
+def test_converted_brsf_draws_once_a_pass(net):
+    """A copy that trains the ordinary way draws the same numbers; all samples of a vmap share theirs."""
+    model, x, y, loss = converted(net, "brsf")
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    same(grad(loss)(detached(model), x, y), backward_gradients(twin, x, y))
+    ours = vmap(grad(lambda p, x, y: loss(p, x[None], y[None])), in_dims=(None, 0, 0))(detached(model), x, y)
+    backward_gradients(other, x, y)
+    for i in range(len(x)):
+        second = copy.deepcopy(other)
+        same(sliced(ours, i), backward_gradients(second, x[i : i + 1], y[i : i + 1]))
+
+
+@BY_MODEL
 @BY_RULE
 def test_transforms_leave_the_model_as_it_was(net, rule):
     """Neither weights, nor gradients, nor the next ordinary pass change."""

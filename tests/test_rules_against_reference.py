@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -380,6 +383,54 @@ def test_gradients_of_two_passes_accumulate(rule):
     again = problem.reference(rule, used_feedback(problem.model))
     for name, p in problem.model.named_parameters():
         assert_close(p.grad, expected.grads[name] + again.grads[name], name)
+
+
+class Times(rewire.DirectRule):
+    """B (k e): a rule with a number of its own."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def signal(self, error, targets, axis):
+        return self.k * error
+
+
+def test_two_rules_of_one_class_keep_apart():
+    problem = Problem("mlp")
+    factors = {"0": 5.0, "2": 2.0, "4": 3.0}
+    rewire.convert(problem.model, "bp", layers={n: Times(k) for n, k in factors.items()}, scale=SCALE)
+    for _ in range(2):
+        run(problem)
+        feedback = used_feedback(problem.model)
+        scaled = {name: factors[name] * B for name, B in feedback.items()}
+        check_gradients(problem, problem.reference("dfa", scaled))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [SCALE, "auto"])
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "dfa", "sdfa", "drtp"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_copy_has_the_same_feedback(rule, scale, dtype, copied, passes):
+    """Bit for bit, before and after it ran, whether the scale was given or measured."""
+    problem = Problem("mlp")
+    model, x = problem.model.to(dtype), problem.x.to(dtype)
+    rewire.convert(model, rule, scale=scale)
+
+    def one_pass(model):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), problem.labels).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for _ in range(passes):
+        one_pass(model)
+    other = copied(model)
+    assert all(map(torch.equal, one_pass(model), one_pass(other)))
+    ours, theirs = rewire.feedback(model), rewire.feedback(other)
+    assert ours.keys() == theirs.keys() >= {"2", "4"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    again = rewire.feedback(copied(model))
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
 def test_all_rules_are_covered():
