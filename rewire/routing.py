@@ -13,18 +13,24 @@ same batch, with a grid            no grid             convolutions: a value for
 same batch, another grid           with a grid         e B, resampled (area) to x's own grid
 same batch, no grid                with a grid         mean over e's grid, then e B
 sequence first (T, N, F)           (N, ...)            as above, with the first two dimensions swapped
+any                                (T, N, n)           the same, with e's first two dimensions swapped
+N·T frames, each a row of x        (N, T, ...)         e B of its own frame
 k·N windows, patches, choices      (N, ...)            each of the k parts gets its sample's e B
 no batch dimension                 any                 mean over the batch, then e B
 =================================  ==================  =============================================
 
 Anything else is a :class:`~rewire.errors.RoutingError`.
+
+Shapes alone cannot tell everything: with as many positions as samples, (T, N, F) and (N, T, F) look the same.
+Then what was asked for decides (``DFA(layout="sequence_first")``), then what other passes have shown, and
+else a guess is made that :attr:`Route.ambiguous` puts into words.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +38,11 @@ from torch import Tensor
 from rewire.errors import RoutingError
 
 Shape = tuple[int, ...]
+Reading = tuple[bool, bool]
+"""Whether x, and whether e, has its sequence dimension before its batch dimension."""
+LAYOUTS = ("batch_first", "sequence_first")
+
+_BATCH_FIRST: Reading = (False, False)
 
 
 @dataclass(frozen=True)
@@ -44,14 +55,16 @@ class Route:
         before: e -> (M, n).
         after: (M, features) -> x's shape, contiguous.
         kind: one word for tables.
-        layout: what was learned about the order of dimensions, if anything.
+        ambiguous: the guess that was made, in words, where the shapes fit more than one reading.
+        reading: what the shapes show clearly about the order of dimensions; None if nothing.
     """
 
     feedback_shape: Shape
     before: Callable[[Tensor], Tensor]
     after: Callable[[Tensor], Tensor]
     kind: str
-    layout: str | None = None
+    ambiguous: str | None = None
+    reading: Reading | None = None
 
     def __call__(self, signal: Tensor, feedback: Tensor) -> Tensor:
         """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape, B's dtype."""
@@ -77,6 +90,20 @@ class _Side:
         # axis 1: (N, C, *space); axis 0: (C, *space), one sample without a batch dimension
         return _Side(shape, shape[0] if axis == 1 else None, shape[axis + 1 :], shape[axis], first=True)
 
+    @property
+    def size(self) -> int:
+        """Number of samples; one without a batch dimension."""
+        return 1 if self.batch is None else self.batch
+
+    @property
+    def lead(self) -> Shape:
+        """Batch and grid."""
+        return self.grid if self.batch is None else (self.batch, *self.grid)
+
+    def swapped(self, swap: bool) -> _Side:
+        """With the first two dimensions exchanged, if ``swap``."""
+        return _Side.read((self.shape[1], self.shape[0], *self.shape[2:]), -1) if swap else self
+
     def rows(self, t: Tensor) -> Tensor:
         """(batch, grid..., features), features last."""
         if self.first:
@@ -98,62 +125,94 @@ def plan(
     *,
     structure: str = "dense",
     layout: str | None = None,
+    e_layout: str | None = None,
+    seen: Reading | None = None,
 ) -> Route:
     """Decide the way from an e of ``e_shape`` to an x of ``x_shape``.
 
     Args:
         x_axis, e_axis: where the features are: -1, 1 (after the batch) or 0 (no batch dimension).
         structure: ``"dense"`` or ``"channel"`` (one value per channel of a convolution's input).
-        layout: ``"sequence_first"`` or ``"batch_first"`` if known, to decide shapes that fit both.
+        layout: ``"sequence_first"`` or ``"batch_first"`` where x's order of dimensions is known.
+        e_layout: the same for e.
+        seen: a reading that other shapes have shown; decides where several fit.
 
     Raises:
         RoutingError: when the shapes have no defined way; the message names both.
     """
-    x, e = _Side.read(tuple(x_shape), x_axis), _Side.read(tuple(e_shape), e_axis)
-    n = e.features
-    batch_e = 1 if e.batch is None else e.batch
-    batch_x = 1 if x.batch is None else x.batch
-
-    if not x.first and not e.first:
-        x_lead, e_lead = x.shape[:-1], e.shape[:-1]
-        flattened = len(x_lead) <= 1 or len(e_lead) <= 1 or x_lead[0] == e_lead[0]
-        if x_lead == e_lead or (math.prod(x_lead) == math.prod(e_lead) and flattened):
-            return Route((n, x.features), lambda t: t.reshape(-1, n), lambda t: t.reshape(x.shape), "position")
-
-    swap_x, swap_e = _sequence_first(x, e, layout)
-    if swap_x or swap_e:
-        inner = plan(_swap(x.shape, swap_x), x_axis, _swap(e.shape, swap_e), e_axis, structure=structure)
-        return Route(
-            inner.feedback_shape,
-            (lambda t: inner.before(t.transpose(0, 1))) if swap_e else inner.before,
-            (lambda t: inner.after(t).transpose(0, 1).contiguous()) if swap_x else inner.after,
-            inner.kind,
-            "sequence_first",
+    if not x_shape or not e_shape:
+        raise RoutingError(
+            f"no defined way from the output error of shape {tuple(e_shape)} to an input of shape {tuple(x_shape)}: "
+            "a single number has no features"
         )
+    x, e = _Side.read(tuple(x_shape), x_axis), _Side.read(tuple(e_shape), e_axis)
+    reading, ambiguous, clear = _read_order(x, e, layout, e_layout, seen)
+    swap_x, swap_e = reading
+    route = _batch_first(x.swapped(swap_x), e.swapped(swap_e), structure)
+    if swap_x or swap_e:
+        inner = route
+        route = replace(
+            route,
+            before=(lambda t: inner.before(t.transpose(0, 1))) if swap_e else inner.before,
+            after=(lambda t: inner.after(t).transpose(0, 1).contiguous()) if swap_x else inner.after,
+        )
+    if route.ambiguous is not None and layout == "batch_first":
+        route = replace(route, ambiguous=None)  # said to be so
+    return replace(route, ambiguous=ambiguous or route.ambiguous, reading=reading if clear else None)
 
-    if batch_x == batch_e:
+
+def _batch_first(x: _Side, e: _Side, structure: str) -> Route:
+    """The way, once the batch is known to come first in both (where it is there)."""
+    n = e.features
+    if _positional(x, e):
+        return Route((n, x.features), lambda t: t.reshape(-1, n), lambda t: t.reshape(x.shape), "position")
+    if x.size == e.size:
         return _same_batch(x, e, n, structure)
-    if x.batch is not None and batch_e > 1 and batch_x == 1:
+    if x.size == 1:
         return _no_batch(x, e, n)
-    if x.batch is None and batch_e > 1:
-        return _no_batch(x, e, n)
-    if batch_x % batch_e == 0:
-        parts = batch_x // batch_e
-        per_sample = _Side((batch_e, *x.shape[1:]), batch_e, x.grid, x.features, x.first)
-        one = _same_batch(per_sample, _Side((batch_e, n), batch_e, (), n, False), n, structure)
+    folded = _frames(x.size, e)
+    if folded is not None:
+        inner = _batch_first(x, folded, structure)
+        return replace(inner, before=lambda t: inner.before(e.rows(t).reshape(folded.shape)))
+    if e.size and x.size % e.size == 0:
+        parts = x.size // e.size
+        per_sample = _Side((e.size, *x.shape[1:]), e.size, x.grid, x.features, x.first)
+        one = _same_batch(per_sample, _Side((e.size, n), e.size, (), n, False), n, structure)
         return Route(
             one.feedback_shape,
             lambda t: _mean_over_grid(e.rows(t)),
             lambda t: one.after(t).repeat_interleave(parts, 0),
             "parts",
         )
-    if len(x.grid) >= 1 and not x.first:
-        # Neither the batch nor a multiple of it: a table the model makes for itself.
-        return _no_batch(x, e, n)
+    problem = f"{x.size} rows are neither the batch of {e.size} nor a multiple of it"
+    if x.grid and not x.first:  # a table the model makes for itself
+        return replace(_no_batch(x, e, n), ambiguous=f"taken to have no batch dimension, because {problem}")
     raise RoutingError(
-        f"no defined way from the output error of shape {tuple(e_shape)} to an input of shape {tuple(x_shape)}: "
-        f"{batch_x} rows are neither the batch of {batch_e} nor a multiple of it"
+        f"no defined way from the output error of shape {e.shape} to an input of shape {x.shape}: {problem}"
     )
+
+
+def _positional(x: _Side, e: _Side) -> bool:
+    """Whether the rows of x and e are the same positions in the same order, flattened or not."""
+    if x.first or e.first:
+        return False
+    if x.lead == e.lead:
+        return True
+    if len(x.lead) == 2 and x.size == 1 < e.size and len(e.lead) == 1:
+        return False  # (1, N, F) is a sequence of one step, or has no batch dimension
+    flattened = len(x.lead) <= 1 or len(e.lead) <= 1 or (x.size == e.size and len(x.grid) != len(e.grid))
+    return flattened and math.prod(x.lead) == math.prod(e.lead)
+
+
+def _frames(rows: int, e: _Side) -> _Side | None:
+    """e with as much of its grid folded into the batch as x has in its rows; None if nothing is."""
+    lead = e.lead if e.batch is not None else ()
+    for folded in range(len(lead), 1, -1):
+        size = math.prod(lead[:folded])
+        if size == rows or (folded == len(lead) and size and rows % size == 0):
+            rest = lead[folded:]
+            return _Side((size, *rest, e.features), size, rest, e.features, first=False)
+    return None
 
 
 def _mean_over_grid(rows: Tensor) -> Tensor:
@@ -231,28 +290,84 @@ def _no_batch(x: _Side, e: _Side, n: int) -> Route:
     return Route((n, x.features), lambda t: e.rows(t).reshape(-1, n).mean(0, keepdim=True), spread, "no batch")
 
 
-def _swap(shape: Shape, swap: bool) -> Shape:
-    return (shape[1], shape[0], *shape[2:]) if swap else shape
+# -- the order of dimensions ---------------------------------------------------------------------------
 
 
-def _sequence_first(x: _Side, e: _Side, layout: str | None) -> tuple[bool, bool]:
-    """Whether x, and whether e, have their sequence dimension before their batch dimension.
+def _read_order(
+    x: _Side, e: _Side, layout: str | None, e_layout: str | None, seen: Reading | None
+) -> tuple[Reading, str | None, bool]:
+    """(reading, the guess in words if it is one, whether the shapes show it clearly)."""
+    can_x = not x.first and len(x.lead) >= 2
+    can_e = not e.first and len(e.lead) == 2
+    if not can_x and not can_e:
+        return _BATCH_FIRST, None, False
+    differ = layout is not None and e_layout is not None and layout != e_layout
+    if _positional(x, e):
+        return _order_of_positions(x, e, differ, layout, e_layout, seen)
 
-    Recognised by where the other's batch size stands. (T, N, F) with T a multiple of N could as well be
-    windows, and with T = N batch first; then ``layout`` decides, and batch first without it.
-    """
-    if layout == "batch_first":
-        return False, False
-    x_lead = () if x.first else x.shape[:-1]
-    e_lead = () if e.first else e.shape[:-1]
-    if len(x_lead) >= 2 and len(e_lead) >= 2 and x_lead[1] == e_lead[1] and x_lead[0] != e_lead[0]:
-        return True, True
-    if len(x_lead) == 2 and len(e_lead) == 2 and x_lead == e_lead[::-1]:
-        return True, False
-    batch = e.batch
-    if len(x_lead) >= 2 and batch is not None and len(e_lead) != 2 and x_lead[1] == batch:
-        if layout == "sequence_first" or x_lead[0] % batch:
-            return True, False
-    if len(e_lead) == 2 and len(x_lead) == 1 and e_lead[1] == x_lead[0] and e_lead[0] != x_lead[0]:
-        return False, True
-    return False, False
+    if not can_x and 1 not in e.lead and e.size and x.size % math.prod(e.lead) == 0:
+        return (False, differ), None, False  # frames: flattened in one order or the other
+
+    options: list[Reading] = [(a, b) for a, b in _READINGS if a <= can_x and b <= can_e]
+    fit = {(a, b): _fit(x.swapped(a).size, e.swapped(b).size) for a, b in options}
+    if layout is not None or e_layout is not None:
+        may_x = [a for a in (False, True) if not can_x or layout in (None, LAYOUTS[a])]
+        may_e = [b for b in (False, True) if not can_e or e_layout in (None, LAYOUTS[b])]
+        options = [(a, b) for a, b in options if fit[a, b] and a in may_x and b in may_e]
+    elif len(x.lead) > 2 and (fit[_BATCH_FIRST] or x.size == 1):
+        options = [(a, b) for a, b in options if not a]  # images with channels last
+
+    fitting = [r for r in options if fit[r] == 2]
+    if (True, False) in fitting and (False, True) in fitting and can_x:
+        fitting.remove((False, True))  # transposed is transposed
+    exact = bool(fitting)
+    if exact and _BATCH_FIRST in options and fit[_BATCH_FIRST] == 1:
+        fitting.append(_BATCH_FIRST)
+    elif not exact:
+        fitting = [r for r in options if fit[r] and (r in (_BATCH_FIRST, seen) or layout == "sequence_first")]
+    if not fitting:
+        return _BATCH_FIRST, None, False
+    no_batch = fitting[0] == (True, False) and x.size == 1 and layout is None
+    if seen is not None and (seen in fitting or (no_batch and seen == _BATCH_FIRST)):
+        return seen, None, False
+    reading = fitting[0]
+    samples = e.swapped(reading[1]).size
+    others = [_in_words(r, can_x, can_e) for r in fitting[1:]] + ["no batch dimension"] * no_batch
+    if samples > 1 and others:
+        return reading, _guess(_in_words(reading, can_x, can_e), others), False
+    return reading, None, exact and samples > 1
+
+
+def _order_of_positions(
+    x: _Side, e: _Side, differ: bool, layout: str | None, e_layout: str | None, seen: Reading | None
+) -> tuple[Reading, str | None, bool]:
+    """The same where x and e have a row for every position: in the same order, or transposed."""
+    two = (len(x.lead) == 2, len(e.lead) == 2)
+    if differ and two[0] != two[1]:
+        return two, None, False  # one of them flattened in the other order
+    if all(two) and x.lead[0] == x.lead[1] > 1:
+        if differ or (layout is None and seen is not None and seen[0] != seen[1]):
+            return (True, False), None, False
+        if seen is None and (layout is None or e_layout is None):
+            other = "one of the two sequence first and the other batch first"
+            return _BATCH_FIRST, _guess("both having the same order of dimensions", [other]), False
+    return _BATCH_FIRST, None, False
+
+
+_READINGS: tuple[Reading, ...] = (_BATCH_FIRST, (True, True), (True, False), (False, True))
+
+
+def _fit(rows: int, samples: int) -> int:
+    """2: the batch; 1: parts of its samples; 0: neither."""
+    return 2 if rows == samples else 1 if samples and rows % samples == 0 else 0
+
+
+def _guess(reading: str, others: Sequence[str]) -> str:
+    return f"read as {reading}, but {' or '.join(others)} fits as well"
+
+
+def _in_words(reading: Reading, can_x: bool, can_e: bool) -> str:
+    swaps: Sequence[bool] = [swap for swap, can in zip(reading, (can_x, can_e), strict=True) if can]
+    if len(set(swaps)) == 1:
+        return "sequence first" if swaps[0] else "batch first"
+    return "sequence first with an error batch first" if reading[0] else "batch first with an error sequence first"

@@ -20,7 +20,7 @@ from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError
-from rewire.routing import Route, plan
+from rewire.routing import Reading, Route, plan
 from rewire.rules.base import DirectRule, LocalRule, Rule
 
 
@@ -45,7 +45,7 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
-        layout: order of sequence and batch dimension, once a pass showed it.
+        readings: orders of sequence and batch dimension that passes have shown.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Wiring:
         self.layers: dict[str, LayerState] = {}
         self.errors: dict[str, Tensor] = {}
         self.unsettled = False
-        self.layout: str | None = None
+        self.readings: set[Reading] = set()
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,6 +204,7 @@ class LayerState:
         self.settled = False
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
+        self.reading: Reading | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -278,16 +279,24 @@ class LayerState:
         """``signal B`` as a tensor of ``shape`` and ``dtype``."""
         if rule.silent:
             return torch.zeros(shape, dtype=dtype, device=device)
-        key = (error.state.name, index, shape, signal.shape, dtype, device)
+        key = (error.state.name, index, shape, signal.shape, dtype, device, rule.layout, self.order)
         found = self._routes.get(key)
         if found is None:
-            found = self._routes[key] = self._route(error, index, shape, signal.shape, dtype, device)
+            found = self._routes[key] = self._route(rule, error, index, shape, signal.shape, dtype, device)
         route, feedback = found
         fed = route(signal, feedback)
         return fed if fed.dtype == dtype else fed.to(dtype)
 
+    @property
+    def order(self) -> Reading | None:
+        """The order of dimensions that this layer has shown, or else all others that showed one."""
+        if self.reading is not None or len(self.wiring.readings) != 1:
+            return self.reading
+        return next(iter(self.wiring.readings))
+
     def _route(
         self,
+        rule: DirectRule,
         error: OutputError,
         index: int,
         shape: torch.Size,
@@ -296,6 +305,7 @@ class LayerState:
         device: torch.device,
     ) -> tuple[Route, Tensor]:
         wiring = self.wiring
+        above = error.state.rule
         try:
             route = plan(
                 tuple(shape),
@@ -303,7 +313,9 @@ class LayerState:
                 tuple(e_shape),
                 error.axis,
                 structure=wiring.structure,
-                layout=wiring.layout,
+                layout=rule.layout,
+                e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
+                seen=self.order,
             )
         except RoutingError as problem:
             raise RoutingError(
@@ -311,12 +323,22 @@ class LayerState:
                 f"local rule, layers={{{self.name!r}: 'bp'}}, or feed back a larger unit that has the batch in "
                 "front, blocks=[...]"
             ) from None
-        if route.layout is not None:
-            wiring.layout = route.layout
+        if route.reading is not None:
+            self.reading = route.reading
+            wiring.readings.add(route.reading)
+        if route.ambiguous is not None:
+            make = f"{type(rule).__name__}(layout='sequence_first')"
+            wiring.warn_once(
+                f"layout:{self.name}",
+                f"layer {self.label}: its input of shape {tuple(shape)}, for an output error of shape "
+                f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
+                f"'sequence_first': convert(model, {make}), or layers={{{self.name!r}: {make}}}; or keep the layer "
+                f"on backprop, layers={{{self.name!r}: 'bp'}}",
+            )
         output = error.state.name
         self.shapes[output, index] = route.feedback_shape
         # All shapes of x that need the same B share it: a short last batch, another sequence length.
-        for (name, i, _, _, t, d), (_, tensor) in self._routes.items():
+        for (name, i, _, _, t, d, *_), (_, tensor) in self._routes.items():
             if (name, i, t, d) == (output, index, dtype, device) and tensor.shape == route.feedback_shape:
                 return route, tensor
         return route, self.direct_feedback(output, index, route.feedback_shape, dtype, device)

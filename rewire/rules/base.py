@@ -15,6 +15,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor
 
 from rewire.errors import ConversionError, nearest
+from rewire.routing import LAYOUTS
 
 
 class Rule:
@@ -70,10 +71,26 @@ class DirectRule(Rule):
     Attributes:
         needs_targets: whether :meth:`signal` reads the targets (see :func:`rewire.targets`).
         silent: hands back zeros; no feedback is made at all.
+        layout: order of the dimensions of the layer's input and output, ``"batch_first"`` (N, T, F) or
+            ``"sequence_first"`` (T, N, F); None: told by the shapes, with a warning where they fit both.
+
+    Example:
+        >>> from rewire.rules.direct import DFA
+        >>> rewire.convert(model, DFA(layout="sequence_first"), layers={"head": "bp"})
     """
 
     needs_targets: ClassVar[bool] = False
     silent: ClassVar[bool] = False
+    layout: str | None = None
+
+    def __init__(self, *, layout: str | None = None) -> None:
+        if layout is not None and layout not in LAYOUTS:
+            raise ConversionError(f"layout is {' or '.join(map(repr, LAYOUTS))} (or None), not {layout!r}")
+        self.layout = layout
+
+    def __repr__(self) -> str:
+        plain = super().__repr__()
+        return plain if self.layout is None else f"{plain}(layout={self.layout!r})"
 
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         """What is projected, in the output's shape.
