@@ -16,6 +16,7 @@ own and no gradient flows from its output to its input. What x gets instead come
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,30 +70,57 @@ def wall_at(x: Tensor) -> Wall | None:
     return wall
 
 
+# One tensor per device; every ticket is an alias of it. Nobody reads its value, but its device decides
+# in which stream autograd runs the port.
+_tickets: dict[torch.device, Tensor] = {}
+
+
+def _ticket(device: torch.device) -> Tensor:
+    found = _tickets.get(device)
+    if found is None:
+        found = _tickets[device] = torch.zeros((), device=device)
+    return found.detach()
+
+
+@dataclass(slots=True)
+class Feed:
+    """Where one input's feedback comes from: what its port or probe needs in the backward.
+
+    Attributes:
+        state: the layer.
+        rule: its rule when the forward ran.
+        errors: filled by every output layer downstream.
+        index: which of the layer's inputs this is.
+        wall: stops other gradients at the input, if asked to.
+    """
+
+    state: LayerState
+    rule: DirectRule
+    errors: list[OutputError]
+    index: int = 0
+    wall: Wall | None = None
+
+    def __call__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The feedback of all errors that arrived in this backward pass."""
+        fed = self.state.hand_back(self.rule, self.errors, self.index, shape, dtype, device)
+        if self.wall is not None and fed is not None:
+            self.wall.add(fed)
+        return fed
+
+
 class Port(Function):
     """x -> ticket; backward: x's gradient is its layer's feedback of the errors that arrived."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        state: LayerState,
-        rule: DirectRule,
-        errors: list[OutputError],
-        index: int,
-        wall: Wall | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, feed: Feed) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.rule, ctx.errors, ctx.index, ctx.wall = state, rule, errors, index, wall
+        ctx.feed = feed
         ctx.like = (x.shape, x.dtype, x.device)
-        return x.new_empty(())
+        return _ticket(x.device)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
-        fed = ctx.state.hand_back(ctx.rule, ctx.errors, ctx.index, *ctx.like)
-        if ctx.wall is not None and fed is not None:
-            ctx.wall.add(fed)
-        return fed, None, None, None, None, None
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
+        return ctx.feed(*ctx.like), None
 
 
 class Probe(Function):
@@ -103,30 +131,20 @@ class Probe(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        state: LayerState,
-        rule: DirectRule,
-        errors: list[OutputError],
-        index: int,
-        wall: Wall | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, feed: Feed) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.rule, ctx.errors, ctx.index, ctx.wall = state, rule, errors, index, wall
+        ctx.feed = feed
         ctx.like = (x.shape, x.dtype, x.device)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
-        if ctx.state.needs_scale(ctx.rule):
-            if exact is not None:
-                ctx.state.measure(ctx.rule, ctx.errors, ctx.index, exact)
-            return exact, None, None, None, None, None
-        fed = ctx.state.hand_back(ctx.rule, ctx.errors, ctx.index, *ctx.like)
-        if ctx.wall is not None and fed is not None:
-            ctx.wall.add(fed)
-        return fed, None, None, None, None, None
+    def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None]:
+        feed: Feed = ctx.feed
+        if not feed.state.needs_scale(feed.rule):
+            return feed(*ctx.like), None
+        if exact is not None:
+            feed.state.measure(feed.rule, feed.errors, feed.index, exact)
+        return exact, None
 
 
 class Join(Function):
@@ -193,12 +211,12 @@ class Project(Function):
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         error: OutputError = ctx.error
         (targets,) = ctx.saved_tensors
-        signals: dict[type, Tensor] = {}
+        signals: dict[DirectRule, Tensor] = {}
         fed: list[Tensor] = []
         for (state, rule, index), (shape, dtype) in zip(ctx.plan, ctx.shapes, strict=True):
-            if type(rule) not in signals and not rule.silent:
-                signals[type(rule)] = rule.signal(e, targets, error.axis)
-            signal = signals.get(type(rule), e)
+            if rule not in signals and not rule.silent:
+                signals[rule] = rule.signal(e, targets, error.axis)
+            signal = signals.get(rule, e)
             fed.append(state.project(rule, error, signal, index, shape, dtype, e.device))
         return (e, None, None, None, *fed)
 
@@ -221,10 +239,17 @@ class Carry(Function):
         return gradient, gradient.new_zeros(ctx.shape)
 
 
+def eager(function: type[Function]) -> Callable[..., Tensor]:
+    """A Function's ``apply`` without the dispatch to ``torch.func`` transforms, which costs microseconds a call."""
+    plain: Any = super(Function, function)
+    apply: Callable[..., Tensor] = plain.apply
+    return apply
+
+
+port = eager(Port)
+probe = eager(Probe)
+join = eager(Join)
 # ``Function.apply`` is not annotated in PyTorch; these are.
-port: Callable[..., Tensor] = Port.apply
-probe: Callable[..., Tensor] = Probe.apply
-join: Callable[..., Tensor] = Join.apply
 project: Callable[..., Tensor] = Project.apply
 carry: Callable[..., Tensor] = Carry.apply
 

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from rewire.edges import eager
+
 # (W as kept for backward or None, R or None) -> B
 Combine = Callable[[Tensor | None, Tensor | None], Tensor]
 
@@ -39,7 +41,7 @@ class _Linear(Function):
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         # For inputs of three and more dimensions PyTorch returns a view, which in-place operations reject.
-        return _aten._unsafe_view(y, y.shape) if x.dim() > 2 else y  # type: ignore[no-any-return]
+        return _aten._unsafe_view(y, y.shape) if x.dim() > 2 else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -81,7 +83,8 @@ class _Convolution(Function):
         keep: bool,
         geometry: tuple[Any, ...],
     ) -> Tensor:
-        return _aten.convolution(x, weight, bias, *geometry)  # type: ignore[no-any-return]
+        y: Tensor = _aten.convolution(x, weight, bias, *geometry)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,7 +108,7 @@ class _Convolution(Function):
         return dx, dw, db, None, None, None, None
 
 
-def _eager(function: type[Function]) -> type[Function]:
+def _joined(function: type[Function]) -> type[Function]:
     """The same Function with forward and setup_context in one: cheaper to call, deaf to transforms."""
     split: Any = function
 
@@ -123,9 +126,9 @@ def _eager(function: type[Function]) -> type[Function]:
 
 
 _linear: Callable[..., Tensor] = _Linear.apply
-_eager_linear: Callable[..., Tensor] = _eager(_Linear).apply
+_eager_linear = eager(_joined(_Linear))
 _convolution: Callable[..., Tensor] = _Convolution.apply
-_eager_convolution: Callable[..., Tensor] = _eager(_Convolution).apply
+_eager_convolution = eager(_joined(_Convolution))
 
 
 def _transforming() -> bool:
@@ -182,6 +185,8 @@ def _like(random: Tensor | None, weight: Tensor) -> Tensor | None:
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The casts autocast makes for a matrix product or convolution, made where autograd can see them."""
+    if not torch._C._is_any_autocast_enabled():
+        return x, weight, bias
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, weight, bias

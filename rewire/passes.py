@@ -66,7 +66,7 @@ class OutputError:
         self._seen = -2  # the newest backward pass in which any gradient came by here
         self._arrived = -2  # the newest one in which it was the output error
         self._pending = 0
-        self._signals: dict[type, Tensor] = {}
+        self._signals: dict[DirectRule, Tensor] = {}
 
     def deliver(self, gradient: Tensor) -> bool:
         """Take the gradient at this layer's output; True if it is an output error."""
@@ -87,10 +87,9 @@ class OutputError:
     def signal(self, rule: DirectRule) -> Tensor:
         """What ``rule`` makes of e, computed once per pass for all layers."""
         assert self.error is not None
-        kind = type(rule)
-        if kind not in self._signals:
-            self._signals[kind] = rule.signal(self.error, self.targets, self.axis)
-        return self._signals[kind]
+        if rule not in self._signals:
+            self._signals[rule] = rule.signal(self.error, self.targets, self.axis)
+        return self._signals[rule]
 
     def used(self) -> None:
         """One port is done with e. After the last one e is let go: a loss kept around keeps no e alive."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rewire.edges import alias, carry, join, port, probe, project, wall_at, watch
+from rewire.edges import Feed, Wall, alias, carry, join, port, probe, project, wall_at, watch
 from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight
 from rewire.passes import Call, Node, OutputError, backward_id, leave, upstream
@@ -25,42 +25,46 @@ Forward = Callable[..., Any]
 
 
 def run(state: LayerState, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``forward`` (bound, the module's own) under the layer's rule. Gradients are on."""
-    nested = backward_id() != -1
-    if state.wiring.unsettled and not nested:
+    """Run ``forward`` (unbound, the original class's) under the layer's rule. Gradients are on."""
+    if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
     rule = state.rule
     if isinstance(rule, DirectRule):
         if torch._C._are_functorch_transforms_active():
-            return _transformed(state, rule, forward, args, kwargs)
-        return _direct(state, rule, forward, args, kwargs, nested)
+            return _transformed(state, rule, module, forward, args, kwargs)
+        return _direct(state, rule, module, forward, args, kwargs)
     if isinstance(rule, LocalRule):
-        output = state.kind.run(module, forward, args, kwargs, _Backward(state, rule, nested))
+        output = state.kind.run(module, forward, args, kwargs, _backward(state, rule))
     else:
-        output = forward(*args, **kwargs)
+        output = forward(module, *args, **kwargs)
     if not state.joins:
         return output
     if torch._C._are_functorch_transforms_active():
         return _transformed_output(state, output, args, kwargs)
-    return _finish(state, output, _sources(args, kwargs), [], [], 0, nested)
+    return _finish(state, output, _sources(args, kwargs), [], [], 0)
 
 
 class _Backward(BackwardWeight):
-    """The backward weight of a local rule for one call. A redrawn R is made in the backward, and not kept."""
+    """The backward weight of a local rule. A redrawn R is made in the backward, and not kept."""
 
-    def __init__(self, state: LayerState, rule: LocalRule, nested: bool) -> None:
+    def __init__(self, state: LayerState, rule: LocalRule, draw: int) -> None:
         self.state = state
         self.rule = rule
         self.keep = rule.uses_weight
-        if rule.redraw and not nested:
-            state.draws += 1
-        self.draw = state.draws
+        self.draw = draw
+        self.scale = 0.0
+        self.fixed: Tensor | None = None
 
     def random(self, weight: Tensor) -> Tensor | None:
         self.scale = self.state.local_scale(weight)
-        self.like = (weight.shape, weight.dtype, weight.device)
-        return self.state.random(*self.like) if self.rule.random and not self.rule.redraw else None
+        if self.rule.redraw:
+            self.like = (weight.shape, weight.dtype, weight.device)
+        elif self.rule.random:
+            fixed = self.fixed
+            if fixed is None or (fixed.shape, fixed.dtype, fixed.device) != (weight.shape, weight.dtype, weight.device):
+                self.fixed = self.state.random(weight.shape, weight.dtype, weight.device)
+        return self.fixed
 
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
         if self.rule.redraw:
@@ -68,25 +72,38 @@ class _Backward(BackwardWeight):
         return self.rule.backward_weight(weight, random, self.scale)
 
 
+def _backward(state: LayerState, rule: LocalRule) -> _Backward:
+    """What makes B in this call; the same object each time, unless R is drawn anew."""
+    if rule.redraw:
+        if backward_id() == -1:  # a recomputation in backward is still the same pass
+            state.draws += 1
+        return _Backward(state, rule, state.draws)
+    made = state.local
+    if not isinstance(made, _Backward) or made.rule is not rule:
+        made = state.local = _Backward(state, rule, 0)
+    return made
+
+
 def _direct(
     state: LayerState,
     rule: DirectRule,
+    module: nn.Module,
     forward: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    nested: bool,
 ) -> Any:
     """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
     errors: list[OutputError] = []
     if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):  # nearly every layer
         if not x.requires_grad:
-            return _finish(state, forward(x), [], [], errors, 0, nested)
-        sources = [x.grad_fn] if x.grad_fn is not None else []
-        wall = wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
+            return _finish(state, forward(module, x), [], [], errors, 0)
+        node = x.grad_fn
+        feed = Feed(state, rule, errors, 0, _wall(state, rule, x))
+        sources = [] if node is None else [node]
         if state.settled:
-            ticket = port(x, state, rule, errors, 0, wall)
-            return _finish(state, forward(x.detach()), sources, [ticket], errors, 1, nested)
-        return _finish(state, forward(probe(x, state, rule, errors, 0, wall)), sources, [], errors, 1, nested)
+            ticket = port(x, feed)
+            return _finish(state, forward(module, x.detach()), sources, [ticket], errors, 1)
+        return _finish(state, forward(module, probe(x, feed)), sources, [], errors, 1)
 
     leaves, spec = tree_flatten((args, kwargs))
     tickets: list[Tensor] = []
@@ -96,15 +113,20 @@ def _direct(
         if isinstance(x, Tensor) and x.requires_grad:
             if x.grad_fn is not None:
                 sources.append(x.grad_fn)
-            wall = wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
+            feed = Feed(state, rule, errors, index, _wall(state, rule, x))
             if state.settled:
-                tickets.append(port(x, state, rule, errors, index, wall))
+                tickets.append(port(x, feed))
                 leaves[i] = x.detach()
             else:
-                leaves[i] = probe(x, state, rule, errors, index, wall)
+                leaves[i] = probe(x, feed)
             index += 1
     args, kwargs = tree_unflatten(leaves, spec)
-    return _finish(state, forward(*args, **kwargs), sources, tickets, errors, index, nested)
+    return _finish(state, forward(module, *args, **kwargs), sources, tickets, errors, index)
+
+
+def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:
+    """The wall at a fed-back tensor, if skip connections are cut; not while backprop is being measured."""
+    return wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
 
 
 def _finish(
@@ -114,25 +136,24 @@ def _finish(
     tickets: list[Tensor],
     errors: list[OutputError],
     ports: int,
-    nested: bool,
 ) -> Any:
     """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
     call = Call(state, sources, tickets, errors, ports)
     joins = state.joins
     if isinstance(output, Tensor):
-        return _mark(state, call, output, joins, nested)
+        return _mark(state, call, output, joins)
     leaves, spec = tree_flatten(output)
     for i, y in enumerate(leaves):
         if isinstance(y, Tensor) and (y.requires_grad or (tickets and y.is_floating_point())):
-            leaves[i] = _mark(state, call, y, joins, nested)
+            leaves[i] = _mark(state, call, y, joins)
     return tree_unflatten(leaves, spec)
 
 
-def _mark(state: LayerState, call: Call, y: Tensor, joins: bool, nested: bool) -> Tensor:
+def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     if joins:
-        y = _join(state, call, y, nested)
+        y = _join(state, call, y)
     elif call.tickets and not y.requires_grad:
-        y = join(y, state, None, nested, True, *call.tickets)  # frozen: keeps the graph in one piece
+        y = join(y, state, None, False, True, *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
         # An in-place operation on a view would replace its graph node, and the call left there with it.
         y = alias(y)
@@ -141,6 +162,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool, nested: bool) -
         leave(node, call)
         if call.tickets and not joins:
             # Watched at first, after a pass that never met an output layer, and in recomputation.
+            nested = backward_id() != -1
             if nested or not state.newest:
                 node.register_prehook(watch(call, nested))
             if not nested:
@@ -148,7 +170,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool, nested: bool) -
     return y
 
 
-def _join(state: LayerState, call: Call, y: Tensor, nested: bool) -> Tensor:
+def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
     wiring = state.wiring
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
@@ -165,6 +187,7 @@ def _join(state: LayerState, call: Call, y: Tensor, nested: bool) -> Tensor:
         return y
     call.own.append(error)
     call.feeders = feeders
+    nested = backward_id() != -1
     return join(y, state, error, nested, state.kind.keeps_output, *tickets)
 
 
@@ -177,14 +200,19 @@ def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
 
 
 def _transformed(
-    state: LayerState, rule: DirectRule, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: LayerState,
+    rule: DirectRule,
+    module: nn.Module,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Under ``grad``, ``vmap`` and their like: inputs are remembered on the graph, the output layer projects to all."""
     leaves, spec = tree_flatten((args, kwargs))
     inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     _require_known(state, waiting=bool(inputs) and state.needs_scale(rule))
     cut = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
-    y = forward(*cut[0], **cut[1])
+    y = forward(module, *cut[0], **cut[1])
     call = Call(state, [x.grad_fn for x in inputs if x.grad_fn is not None], [], [])
     call.inputs = inputs
     if state.role is Role.OUTPUT:

@@ -54,17 +54,17 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
     if key in _classes:
         return _classes[key]
 
+    parent: Any = base
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super(cls, self)
         if not torch.is_grad_enabled():
-            return parent.forward(*args, **kwargs)
+            return parent.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return _outside_of_compile(self.__dict__[STATE], self, parent.forward, args, kwargs)
         return run(self.__dict__[STATE], self, parent.forward, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:
-        parent: Any = super(cls, self)
-        plain: str = parent.extra_repr()
+        plain: str = parent.extra_repr(self)
         rule = f"rule={self.__dict__[STATE].rule!r}"
         return f"{plain}, {rule}" if plain else rule
 

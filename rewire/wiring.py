@@ -201,6 +201,7 @@ class LayerState:
         self.silent_passes = 0
         self.draws = 0
         self.newest: list[OutputError] | None = None
+        self.local: object = None
         self.settled = False
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
@@ -209,7 +210,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
-        return {**self.__dict__, "_random": {}, "_routes": {}, "newest": None, "sums": None}
+        return {**self.__dict__, "_random": {}, "_routes": {}, "newest": None, "local": None}
 
     @property
     def label(self) -> str:
@@ -241,10 +242,9 @@ class LayerState:
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
 
     def set_scale(self, scale: float, note: str) -> None:
-        """Fix the scale; feedback drawn so far had unit scale and is scaled in place."""
+        """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""
         self.scale, self.scale_note = scale, note
-        for tensor in {id(t): t for _, t in self._routes.values()}.values():
-            tensor.mul_(scale)
+        self._routes = {}
 
     # -- direct rules ------------------------------------------------------------------------------
 
@@ -258,6 +258,13 @@ class LayerState:
         device: torch.device,
     ) -> Tensor | None:
         """Feedback of all errors that arrived in this backward pass: a gradient for input ``index``."""
+        if len(errors) == 1:  # nearly every pass: no other output could have run this port
+            error = errors[0]
+            if error.error is None:
+                return None
+            fed = self.project(rule, error, error.signal(rule), index, shape, dtype, device)
+            error.used()
+            return fed
         total: Tensor | None = None
         for error in errors:
             if error.here() and error.error is not None:
@@ -285,7 +292,7 @@ class LayerState:
             found = self._routes[key] = self._route(rule, error, index, shape, signal.shape, dtype, device)
         route, feedback = found
         fed = route(signal, feedback)
-        return fed if fed.dtype == dtype else fed.to(dtype)
+        return fed if fed.dtype is dtype else fed.to(dtype)
 
     @property
     def order(self) -> Reading | None:

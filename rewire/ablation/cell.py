@@ -25,10 +25,10 @@ class Cell:
     seed: int
     data: str = "digits"
     data_dir: Path | None = None
-    epochs: int = 20
+    epochs: int = 15
     batch_size: int = 32
     optimizer: str = "adam"
-    lr: float = 1e-3
+    lr: float = 2e-3
     momentum: float = 0.0
     weight_decay: float = 0.0
     schedule: str = "constant"

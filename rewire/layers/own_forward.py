@@ -43,12 +43,12 @@ class OwnForward(Kind):
         backward: BackwardWeight,
     ) -> Any:
         with _Replace(self.weight(module).shape, backward) as replaced:
-            y = forward(*args, **kwargs)
+            y = forward(module, *args, **kwargs)
         if not replaced.count:
             raise PassError(
                 f"the forward of {type(module).__name__} never used a weight of shape "
-                f"{tuple(self.weight(module).shape)} in a linear operation or convolution, so a local rule has nothing to replace: use a direct rule "
-                "or 'bp' for it, layers={...}"
+                f"{tuple(self.weight(module).shape)} in a linear operation or convolution, so a local rule has "
+                "nothing to replace: use a direct rule or 'bp' for it, layers={...}"
             )
         return y
 
