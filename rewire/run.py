@@ -192,8 +192,8 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
 
 
 def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
-    leaves = tree_flatten((args, kwargs))[0]
-    return [x.grad_fn for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None]
+    """Graph nodes of a layer's inputs."""
+    return [x.grad_fn for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.grad_fn is not None]
 
 
 # -- torch.func transforms -----------------------------------------------------------------------------
