@@ -106,9 +106,7 @@ def chains(draw, n):
         second, end = draw(conv_layer(n, middle, first.out_channels).filter(small))
         features = second.out_channels * math.prod(end)
         model = nn.Sequential(
-            OrderedDict(
-                conv=first, tanh=nn.Tanh(), conv2=second, flat=nn.Flatten(), head=nn.Linear(features, 3)
-            )
+            OrderedDict(conv=first, tanh=nn.Tanh(), conv2=second, flat=nn.Flatten(), head=nn.Linear(features, 3))
         ).double()
         x = torch.randn(draw(st.integers(1, 3)), first.in_channels, *space, dtype=torch.float64)
     return model, x
@@ -134,13 +132,9 @@ def check(model, x, rule, passes=1, **options):
             y.square().sum().backward()
     assert torch.equal(before, y), "the forward changed"
     feedback = used_feedback(model)
-    expected = network.run(
-        x.detach().numpy(), parameters(model), networks.sum_of_squares, None, rule, feedback
-    )
+    expected = network.run(x.detach().numpy(), parameters(model), networks.sum_of_squares, None, rule, feedback)
     for name, p in model.named_parameters():
-        assert_close(
-            p.grad, expected.grads[name], name, tol=1e-10 * max(1, np.abs(expected.grads[name]).max())
-        )
+        assert_close(p.grad, expected.grads[name], name, tol=1e-10 * max(1, np.abs(expected.grads[name]).max()))
     assert set(feedback) == {"conv", "conv2", "head"}
     assert_close(x.grad, expected.x, "input", tol=1e-10 * max(1, np.abs(expected.x).max()))
 

@@ -222,9 +222,7 @@ def describe(module: Any) -> Linear | Conv | ConvTranspose:
     if "Linear" in names:
         return Linear()
     if "_ConvTransposeNd" in names:
-        return ConvTranspose(
-            module.stride, module.padding, module.dilation, module.output_padding, module.groups
-        )
+        return ConvTranspose(module.stride, module.padding, module.dilation, module.output_padding, module.groups)
     if "_ConvNd" in names:
         return Conv(module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
     raise TypeError(f"no reference for {module}")

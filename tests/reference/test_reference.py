@@ -51,9 +51,7 @@ LAYERS = {
         (2, 4, 4),
     ),
     "conv_transpose2d": (
-        lambda: nn.ConvTranspose2d(
-            2, 4, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0), groups=2
-        ),
+        lambda: nn.ConvTranspose2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), output_padding=(1, 0), groups=2),
         (2, 2, 3, 4),
     ),
     "conv_transpose3d": (
