@@ -19,7 +19,7 @@ DEV := $(VENV)/.dev
 .PHONY: help demo test test-slow lint format bench fashion clean
 
 help:
-	@echo "make demo       set up, then compare rules on real handwritten digits (about 2 minutes)"
+	@echo "make demo       set up, then compare rules on real handwritten digits (about a minute and a half)"
 	@echo "make test       set up, then run the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy --strict;  make format  rewrites the files as ruff wants them"

@@ -101,7 +101,13 @@ def _rewire(context: click.Context) -> None:
     show_default=True,
     help="Results go to a new folder in here.",
 )
-@click.option("--threads", type=int, help="CPU threads for torch.  [default: torch's own choice]")
+@click.option(
+    "--threads",
+    type=int,
+    default=1,
+    show_default=True,
+    help="CPU threads for torch. Small models gain nothing from more, and numbers depend on how many.",
+)
 def ablate(
     models: Sequence[str],
     rules: Sequence[str],
@@ -117,7 +123,7 @@ def ablate(
     schedule: str,
     metric: str,
     out: Path,
-    threads: int | None,
+    threads: int,
 ) -> None:
     """Train models under several rules and seeds, and print a table.
 
@@ -127,9 +133,8 @@ def ablate(
     """
     positive("seeds", seeds)
     one_of("metric", metric, METRICS)
-    if threads is not None:
-        positive("threads", threads)
-        torch.set_num_threads(threads)
+    positive("threads", threads)
+    torch.set_num_threads(threads)
     base = Cell(
         model="mlp",
         rule="bp",

@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import rewire
 from rewire.ablation import runner
@@ -17,12 +19,14 @@ from rewire.cli import main
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory; torch's threads are as before afterwards."""
+    threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     # Rich wraps to the terminal it finds; tests want one width.
     monkeypatch.setenv("COLUMNS", "100")
-    return tmp_path
+    yield tmp_path
+    torch.set_num_threads(threads)
 
 
 def run(*args: str) -> int:

@@ -39,7 +39,7 @@ def test_files_hold_every_result_as_soon_as_it_is_appended(tmp_path: Path) -> No
             table_rows = list(csv.DictReader(file))
         assert len(lines) == len(table_rows) == count
 
-    assert lines[1]["seed"] == 1 and lines[1]["model"] == "mlp" and lines[1]["lr"] == 1e-3
+    assert lines[1]["seed"] == 1 and lines[1]["model"] == "mlp" and lines[1]["lr"] == 2e-3
     assert lines[1]["history"][1] == {"epoch": 2, "loss": 0.5, "accuracy": 0.9}
     assert table_rows[1]["seed"] == "1" and float(table_rows[1]["accuracy"]) == 0.9
     assert set(table_rows[0]) == set(lines[0]) - {"history"}

@@ -36,9 +36,7 @@ class Clock:
 
 def test_ratio_of_paired_times() -> None:
     clock = Clock()
-    ratio = paired_ratio(
-        clock.step("rule", lambda _: 3.0), clock.step("bp", lambda _: 4.0), [BATCH] * 5, clock
-    )
+    ratio = paired_ratio(clock.step("rule", lambda _: 3.0), clock.step("bp", lambda _: 4.0), [BATCH] * 5, clock)
 
     assert ratio == pytest.approx(0.75)
 
