@@ -310,6 +310,8 @@ def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
     found = [(module, state) for module in model.modules() if (state := state_of(module)) is not None]
     if not found:
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
+    for wiring in {id(state.wiring): state.wiring for _, state in found}.values():
+        wiring.settle_if_alone()
     return found
 
 

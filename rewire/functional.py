@@ -1,8 +1,8 @@
 """Pure functions: linear and convolution with a weight forward and another backward, for ``torch.func`` users.
 
 Each is ``torch.nn.functional``'s operation of the same name with one more argument B, of the weight's shape.
-The gradients of W and b are exact; the gradient of x uses B in place of W; B itself has none. All
-``torch.func`` transforms apply, over any of the tensors, B included.
+The gradients of W and b are exact; the gradient of x uses B in place of W; B itself has none. ``torch.func.grad``,
+``vjp``, ``vmap`` and their compositions apply, over any of the tensors, B included; forward-mode ``jvp`` does not.
 
 The functions of an FA network are these with a fixed random B; Lillicrap et al. 2016, arXiv:1411.0247.
 """

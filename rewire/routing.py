@@ -58,6 +58,7 @@ class Route:
         kind: one word for tables.
         ambiguous: the guess that was made, in words, where the shapes fit more than one reading.
         reading: what the shapes show clearly about the order of dimensions; None if nothing.
+        plain: e and x are both (N, features), so that ``before`` and ``after`` do nothing.
     """
 
     feedback_shape: Shape
@@ -66,11 +67,15 @@ class Route:
     kind: str
     ambiguous: str | None = None
     reading: Reading | None = None
+    plain: bool = False
 
     def __call__(self, signal: Tensor, feedback: Tensor) -> Tensor:
         """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape, B's dtype."""
-        rows = self.before(signal).to(feedback.dtype)
-        return self.after(rows @ feedback.flatten(1))
+        if signal.dtype != feedback.dtype:
+            signal = signal.to(feedback.dtype)
+        if self.plain:  # the hot path of small networks, where every small operation counts
+            return torch.mm(signal, feedback)
+        return self.after(self.before(signal) @ feedback.flatten(1))
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,8 @@ def _batch_first(x: _Side, e: _Side, structure: str) -> Route:
     """The way, once the batch is known to come first in both (where it is there)."""
     n = e.features
     if _positional(x, e):
-        return Route((n, x.features), lambda t: t.reshape(-1, n), lambda t: t.reshape(x.shape), "position")
+        plain = len(x.shape) == len(e.shape) == 2
+        return Route((n, x.features), lambda t: t.reshape(-1, n), lambda t: t.reshape(x.shape), "position", plain=plain)
     if x.size == e.size:
         return _same_batch(x, e, n, structure)
     if x.size == 1:

@@ -13,13 +13,14 @@ from enum import Enum
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import standard_normal
 from rewire.layers.kinds import Kind
-from rewire.passes import OutputError
+from rewire.passes import OutputError, backward_id
 from rewire.routing import Reading, Route, plan
 from rewire.rules.base import DirectRule, LocalRule, Rule
 
@@ -112,6 +113,12 @@ class Wiring:
                 f"output={[*self.asked, state.name]!r}, or keep it on backprop, layers={{{state.name!r}: 'bp'}}"
             )
 
+    def settle_if_alone(self) -> None:
+        """Settle for somebody who asks between passes. With several ranks the next forward does it, on all of them."""
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        if self.unsettled and alone and backward_id() == -1:
+            self.settle()
+
     def settle(self) -> None:
         """Take in what the last pass showed: roles and scales. Called by the next forward, never in backward.
 
@@ -122,6 +129,7 @@ class Wiring:
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
+        self._forget_hidden_outputs()
         self._settle_scales()
         for state in self.layers.values():
             state.refresh()
@@ -131,6 +139,15 @@ class Wiring:
                     f"layer {state.label} is converted to {state.rule!r}, but its forward did not run in the first "
                     "training pass: if its weight is used by another module directly, the rule has no effect there",
                 )
+
+    def _forget_hidden_outputs(self) -> None:
+        """A side loss came first: its layer is no output after all, and no feedback is named after it."""
+        outputs = [name for name in self.outputs if self.layers[name].role is not Role.HIDDEN]
+        if outputs != self.outputs:
+            self.outputs = outputs
+            self.errors = {name: e for name, e in self.errors.items() if name in outputs}
+            for state in self.layers.values():
+                state._routes, state.shapes = {}, {}
 
     def _settle_scales(self) -> None:
         """Scale each measured layer's feedback so that it is as large as what backprop handed back."""

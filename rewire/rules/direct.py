@@ -73,6 +73,8 @@ def _targets_from_sign(error: Tensor, axis: int) -> Tensor:
     """
     if _transforming():
         raise PassError("drtp under torch.func transforms needs its targets: use `with rewire.targets(y):` inside")
+    if not bool(error.isfinite().all()):
+        raise PassError("drtp: the output error is not finite, so the targets cannot be read off its sign")
     negative = error < 0
     size = error.abs().amax(axis)
     tolerance = 8 * torch.finfo(error.dtype).eps * error.shape[axis]

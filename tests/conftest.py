@@ -1,0 +1,6 @@
+"""Set-up for all tests."""
+
+import torch
+
+# Tiny tensors: a second thread only waits, and test processes run side by side.
+torch.set_num_threads(1)
