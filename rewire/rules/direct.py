@@ -53,11 +53,12 @@ class DRTP(DirectRule):
                 f"error of shape {tuple(error.shape)}: give class indices of shape {expected}, or floating "
                 f"targets of shape {tuple(error.shape)}"
             )
-        index = targets.reshape(expected).unsqueeze(axis if axis >= 0 else axis % error.dim())
+        index = targets.reshape(expected)
         if not _transforming() and int(index.max()) >= classes:
             raise PassError(f"drtp: target {int(index.max())} is out of range for {classes} outputs")
-        one_hot = torch.zeros_like(error).scatter_(axis, index.clamp(min=0), 1.0)
-        return one_hot * (index >= 0)  # a negative index (ignore_index) has no target
+        numbers = torch.arange(classes, device=error.device)
+        # A negative index (the usual ignore_index) equals no class: that row has no target.
+        return (index.unsqueeze(-1) == numbers).movedim(-1, axis).to(error.dtype)
 
 
 def _transforming() -> bool:
