@@ -35,14 +35,15 @@ class OutputError:
     Attributes:
         state: the output layer.
         axis: dimension of e with the n output features.
-        above: errors further downstream. If one of them arrived in the same backward pass, this layer
-            was not where the loss looked, and e here counts for nobody.
+        above: errors further downstream. If a gradient came from one of them, this layer was not where the
+            loss looked, and e here counts for nobody: neither then nor in later backwards of the pass.
         ports: how many inputs of upstream calls will ask for e.
         voted: this pass counted towards the layer being an output layer.
     """
 
     __slots__ = (
         "_arrived",
+        "_hidden",
         "_pending",
         "_seen",
         "_signals",
@@ -65,6 +66,7 @@ class OutputError:
         self.voted = False
         self._seen = -2  # the newest backward pass in which any gradient came by here
         self._arrived = -2  # the newest one in which it was the output error
+        self._hidden = False
         self._pending = 0
         self._signals: dict[DirectRule, Tensor] = {}
 
@@ -72,7 +74,8 @@ class OutputError:
         """Take the gradient at this layer's output; True if it is an output error."""
         now = backward_id()
         self._seen = now
-        if any(error._seen == now for error in self.above):
+        if self._hidden or any(error._seen == now for error in self.above):
+            self._hidden = True
             return False
         self._arrived = now
         self._pending = self.ports
