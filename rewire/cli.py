@@ -13,7 +13,7 @@ from rich.console import Console
 import rewire
 from rewire.ablation import Cell, InputError, check, grid, run_grid
 from rewire.ablation.inputs import one_of, positive
-from rewire.ablation.report import METRICS, table
+from rewire.ablation.report import METRICS, table, title
 from rewire.ablation.results import Writer
 
 # What is sensible depends on another option, so these stand here and not at the options.
@@ -160,7 +160,7 @@ def ablate(
     # Progress goes to stderr, so that `rewire ablate > table.txt` holds the table alone.
     results = run_grid(cells, writer, Console(stderr=True))
     screen = Console()
-    screen.print()
+    screen.print(f"\n{title(base)}", highlight=False)
     screen.print(table(results, metric))
     screen.print(f"Results: {writer.folder}/results.jsonl and results.csv", highlight=False)
 

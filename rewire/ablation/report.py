@@ -45,7 +45,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
 
 def table(results: Sequence[Result], metric: str = "accuracy") -> Table:
     """A table of :func:`rows`; ``metric`` is ``accuracy`` or ``error``, both on the test images in %."""
-    out = Table(title=_title(results[0].cell), title_justify="left")
+    out = Table()
     for name in ("model", "rule"):
         out.add_column(name)
     for name in (f"test {metric} %", "step time ÷ bp", "final loss"):
@@ -69,7 +69,8 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _title(cell: Cell) -> str:
+def title(cell: Cell) -> str:
+    """What all cells of a grid share, in one line."""
     momentum = f", momentum {cell.momentum:g}" if cell.momentum else ""
     decay = f", weight decay {cell.weight_decay:g}" if cell.weight_decay else ""
     return (
