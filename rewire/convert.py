@@ -128,8 +128,9 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
     for module, state in _states(model):
         rule = state.rule
         if isinstance(rule, LocalRule):
-            weight = state.kind.weight(module).detach()
-            if weight.is_meta or (state.std is None and isinstance(state.kind, OwnForward)):
+            weight = state.kind.look(module) if state.used is None else state.used
+            not_run = state.std is None or (rule.uses_weight and state.used is None)
+            if weight.is_meta or (not_run and isinstance(state.kind, OwnForward)):
                 continue
             scale = state.local_scale(weight)
             draw = state.draws if rule.redraw else 0
@@ -253,7 +254,7 @@ def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float
 def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
     state = LayerState(choice.name, choice.kind, choice.rule, wiring, scale=given, std=given)
     if given is None and isinstance(choice.rule, LocalRule) and not isinstance(choice.kind, OwnForward):
-        weight = choice.kind.weight(choice.module)
+        weight = choice.kind.look(choice.module)
         if not weight.is_meta:
             state.std, state.std_note = weight_scale(weight)
     if wiring.asked is not None and choice.name in wiring.asked:

@@ -66,6 +66,10 @@ class _Backward(BackwardWeight):
                 self.fixed = self.state.random(weight.shape, weight.dtype, weight.device)
         return self.fixed
 
+    def note(self, weight: Tensor) -> None:
+        if self.rule.uses_weight and not torch._C._are_functorch_transforms_active():
+            self.state.used = weight.detach()
+
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
         if self.rule.redraw:
             random = self.state.random(*self.like, self.draw)

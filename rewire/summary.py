@@ -92,6 +92,10 @@ def summary(model: nn.Module) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"summary needs a torch.nn.Module, not {type(model).__name__}")
+    for wiring in {
+        id(state.wiring): state.wiring for m in model.modules() if (state := state_of(m)) is not None
+    }.values():
+        wiring.settle_if_alone()
     rows: list[Row] = []
     whole: list[str] = []  # blocks and modules that use their children's weights themselves
     whole_note: dict[str, str] = {}
@@ -125,7 +129,7 @@ def _converted(module: nn.Module, name: str, state: LayerState) -> Row:
     shape: tuple[int, ...] | None = None
     size, scale, notes = 0, None, []
     if isinstance(rule, LocalRule):
-        weight = state.kind.weight(module)
+        weight = state.kind.look(module)
         shape = tuple(weight.shape)
         size = weight.numel() * weight.element_size() if rule.random and not rule.redraw else 0
         scale = state.std

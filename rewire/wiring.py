@@ -195,6 +195,7 @@ class LayerState:
         scale_note: where the scale comes from.
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: its forward has run with gradients on.
+        used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         ports: number of inputs that get feedback (one, except for blocks).
     """
@@ -219,6 +220,7 @@ class LayerState:
         self.draws = 0
         self.newest: list[OutputError] | None = None
         self.local: object = None
+        self.used: Tensor | None = None
         self.settled = False
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
@@ -227,7 +229,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
-        return {**self.__dict__, "_random": {}, "_routes": {}, "newest": None, "local": None}
+        return {**self.__dict__, "_random": {}, "_routes": {}, "newest": None, "local": None, "used": None}
 
     @property
     def label(self) -> str:

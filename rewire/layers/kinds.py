@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class Kind:
@@ -32,6 +34,24 @@ class Kind:
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight
 
+    def look(self, module: nn.Module) -> Tensor:
+        """W for looking at only: detached, and made without what parametrizations do in training.
+
+        Spectral norm takes a step of its power iteration whenever the weight is asked for in training.
+        """
+        if not is_parametrized(module, "weight"):
+            return self.weight(module).detach()
+        parametrizations: Any = module.parametrizations
+        training = [m for m in parametrizations["weight"].modules() if m.training]
+        for m in training:
+            m.training = False
+        try:
+            with torch.no_grad():
+                return self.weight(module)
+        finally:
+            for m in training:
+                m.training = True
+
     def run(
         self,
         module: nn.Module,
@@ -56,6 +76,9 @@ class BackwardWeight:
     def random(self, weight: Tensor) -> Tensor | None:
         """R for the weight the forward uses, if it is fixed."""
         raise NotImplementedError
+
+    def note(self, weight: Tensor) -> None:
+        """Told what a forward of a layer's own made of its weight."""
 
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
         """(W or None, R or None) -> B, called in the backward."""

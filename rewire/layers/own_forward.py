@@ -42,23 +42,29 @@ class OwnForward(Kind):
         kwargs: dict[str, Any],
         backward: BackwardWeight,
     ) -> Any:
-        with _Replace(self.weight(module).shape, backward) as replaced:
+        shape = self.look(module).shape
+        others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
+        with _Replace(shape, others, backward) as replaced:
             y = forward(module, *args, **kwargs)
         if not replaced.count:
             raise PassError(
                 f"the forward of {type(module).__name__} never used a weight of shape "
-                f"{tuple(self.weight(module).shape)} in a linear operation or convolution, so a local rule has "
+                f"{tuple(shape)} in a linear operation or convolution, so a local rule has "
                 "nothing to replace: use a direct rule or 'bp' for it, layers={...}"
             )
         return y
 
 
 class _Replace(TorchFunctionMode):
-    """While active, linear operations and convolutions with a weight of ``shape`` get the other backward."""
+    """While active, linear operations and convolutions with a weight of ``shape`` get the other backward.
 
-    def __init__(self, shape: torch.Size, backward: BackwardWeight) -> None:
+    One that is a parameter in its own right (an adapter's, a gate's) is not what the rule is about.
+    """
+
+    def __init__(self, shape: torch.Size, others: list[nn.Parameter], backward: BackwardWeight) -> None:
         super().__init__()
         self.shape = shape
+        self.others = others
         self.backward = backward
         self.count = 0
 
@@ -70,8 +76,10 @@ class _Replace(TorchFunctionMode):
             signature, run = operation
             bound = signature.bind(*args, **(kwargs or {}))
             bound.apply_defaults()
-            if bound.arguments["weight"].shape == self.shape:
+            weight = bound.arguments["weight"]
+            if weight.shape == self.shape and not any(weight is other for other in self.others):
                 self.count += 1
+                self.backward.note(weight)
                 return run(backward=self.backward, **bound.arguments)
         return func(*args, **(kwargs or {}))
 
