@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,7 @@ from torch import nn
 
 from rewire.errors import ConversionError
 from rewire.layers.registry import kind_of, why_not
+from rewire.preview import Shapes, preview
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.swap import state_of
 from rewire.wiring import LayerState, Role
@@ -84,11 +86,15 @@ class Summary:
         return capture.get()
 
 
-def summary(model: nn.Module) -> Summary:
+def summary(model: nn.Module, inputs: Any = None) -> Summary:
     """Every module of ``model`` that has parameters of its own, and what conversion did with it.
 
     Works on converted and unconverted models; for the latter it says what :func:`rewire.convert` would do.
     Shapes of direct feedback are known once the first training pass has shown the inputs' shapes.
+
+    Args:
+        inputs: a tensor, tuple or dict for the model. With it, one forward without a backward (in eval mode,
+            leaving no trace) shows what direct feedback will cost before any of it is allocated.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"summary needs a torch.nn.Module, not {type(model).__name__}")
@@ -96,13 +102,14 @@ def summary(model: nn.Module) -> Summary:
         id(state.wiring): state.wiring for m in model.modules() if (state := state_of(m)) is not None
     }.values():
         wiring.settle_if_alone()
+    expected = preview(model, inputs) if inputs is not None else None
     rows: list[Row] = []
     whole: list[str] = []  # blocks and modules that use their children's weights themselves
     whole_note: dict[str, str] = {}
     for name, module in model.named_modules():
         state = state_of(module)
         if state is not None:
-            rows.append(_converted(module, name, state))
+            rows.append(_converted(module, name, state, expected))
             if not state.kind.local:
                 whole.append(name)
                 whole_note[name] = f"inside block {name!r}: exact backprop"
@@ -123,7 +130,7 @@ def summary(model: nn.Module) -> Summary:
     return Summary(type(model).__name__, rows)
 
 
-def _converted(module: nn.Module, name: str, state: LayerState) -> Row:
+def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes | None) -> Row:
     kind = getattr(type(module), "_rewired_from", type(module)).__name__
     rule = state.rule
     shape: tuple[int, ...] | None = None
@@ -143,13 +150,15 @@ def _converted(module: nn.Module, name: str, state: LayerState) -> Row:
         scale = state.scale
         if rule.silent:
             notes.append("hands back zeros")
-        elif state.shapes:
-            shape = next(iter(state.shapes.values()))
+        elif shapes := state.shapes or (expected or {}).get(state.name, {}):
+            shape = next(iter(shapes.values()))
             element = next((p.element_size() for p in module.parameters()), 4)
-            size = sum(math.prod(s) for s in state.shapes.values()) * element
+            size = sum(math.prod(s) for s in shapes.values()) * element
+            if not state.shapes:
+                notes.append("expected")
             if state.scale_note and state.scale_note not in ("given", "measured"):
                 notes.append(state.scale_note)
-        elif state.role is Role.UNKNOWN or not state.ran:
+        elif expected is None and (state.role is Role.UNKNOWN or not state.ran):
             notes.append("feedback shape known after the first training pass")
         else:
             notes.append("first layer: nothing to hand back to")

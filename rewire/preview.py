@@ -1,0 +1,86 @@
+"""What feedback would cost, found by a forward without a backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from rewire.errors import RoutingError
+from rewire.routing import plan
+from rewire.rules.base import BP, DirectRule
+from rewire.swap import state_of
+
+Shapes = dict[str, dict[tuple[str, int], tuple[int, ...]]]
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """``model`` on a tensor, a tuple or list of positional arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def preview(model: nn.Module, inputs: Any) -> Shapes:
+    """Shapes of the direct feedback that ``inputs`` would need: ``{layer: {(output layer, input): shape}}``.
+
+    One forward in eval mode. Nothing about the model changes: no batch statistics, no roles, no gradients, no
+    random state. Where the output layer is not known yet, the last layer to run is taken for it. Layers whose
+    shapes have no route are left out.
+    """
+    states = {module: state for module in model.modules() if (state := state_of(module)) is not None}
+    seen: list[tuple[str, list[tuple[int, ...]]]] = []
+    outputs: dict[str, tuple[tuple[int, ...], int]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        state = states[module]
+        fed = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.requires_grad]
+        seen.append((state.name, [tuple(x.shape) for x in fed]))
+        first = next((y for y in tree_flatten(output)[0] if isinstance(y, Tensor)), None)
+        if first is not None:
+            outputs[state.name] = (tuple(first.shape), state.kind.axis(first.dim()))
+
+    rules = {state: (state.rule, state.ran) for state in states.values()}
+    errors = {id(state.wiring): (state.wiring, dict(state.wiring.errors)) for state in states.values()}
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in states]
+    try:
+        for state in states.values():
+            state.rule = BP()  # plain PyTorch: what flows forward is the same under every rule
+        model.eval()
+        with torch.enable_grad(), torch.random.fork_rng():
+            call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+        for state, (rule, ran) in rules.items():
+            state.rule, state.ran = rule, ran
+        for wiring, kept in errors.values():
+            wiring.errors = kept
+
+    shapes: Shapes = {}
+    by_name = {state.name: state for state in states.values()}
+    for name, inputs_seen in seen:
+        state = by_name[name]
+        if not isinstance(state.rule, DirectRule) or state.rule.silent:
+            continue
+        targets = [o for o in state.wiring.outputs if o in outputs] or [seen[-1][0]]
+        for output in targets:
+            e_shape, e_axis = outputs[output]
+            for index, x_shape in enumerate(inputs_seen):
+                try:
+                    axis = state.kind.axis(len(x_shape))
+                    route = plan(
+                        x_shape, axis, e_shape, e_axis, structure=state.wiring.structure, layout=state.rule.layout
+                    )
+                except RoutingError:
+                    continue
+                shapes.setdefault(name, {})[output, index] = route.feedback_shape
+    return shapes

@@ -1,0 +1,82 @@
+"""What feedback costs is known before any of it is made."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import rewire
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, stride=2)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(6 * 4 * 4, 5)
+
+    def forward(self, image, scale=1.0):
+        h = self.drop(F.relu(self.conv2(F.relu(self.norm(self.conv(image))))))
+        return self.fc(h.flatten(1)) * scale
+
+
+X = torch.randn(3, 1, 11, 11)
+
+
+def shapes(summary):
+    return {row.name: row.feedback_shape for row in summary.rows if row.converted}
+
+
+def test_shapes_and_bytes_are_those_of_the_first_pass():
+    for structure in ("dense", "channel"):
+        model = rewire.convert(Net(), "dfa", feedback=structure)
+        before = rewire.summary(model, X)
+        assert shapes(rewire.summary(model))["conv2"] is None
+        model(X).square().sum().backward()
+        after = rewire.summary(model)
+        assert shapes(before) == shapes(after)
+        assert (
+            before.feedback_bytes == after.feedback_bytes == sum(B.numel() * 4 for B in rewire.feedback(model).values())
+        )
+    assert shapes(before) == {"conv": None, "conv2": (5, 4), "fc": (5, 96)}
+
+
+def test_inputs_may_be_a_tuple_or_a_dict():
+    model = rewire.convert(Net(), "dfa")
+    one, two, three = (rewire.summary(model, inputs) for inputs in (X, (X, 2.0), {"image": X, "scale": 2.0}))
+    assert shapes(one) == shapes(two) == shapes(three)
+
+
+def test_a_preview_leaves_no_trace():
+    model = rewire.convert(Net(), "dfa")
+    model.drop.eval()
+    twin = copy.deepcopy(model)
+    state = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    modes = [m.training for m in model.modules()]
+    rewire.summary(model, X)
+    assert torch.equal(random, torch.get_rng_state())
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert rewire.output_error(model) is None
+    for each in (model, twin):
+        for _ in range(2):
+            each(X).square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_a_failing_forward_leaves_no_trace_either():
+    model = rewire.convert(Net(), "dfa")
+    try:
+        rewire.summary(model, torch.randn(3, 2, 11, 11))
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("two channels do not fit")
+    assert model.training
+    assert [row.rule for row in rewire.summary(model).rows if row.converted] == ["dfa"] * 3
