@@ -105,10 +105,14 @@ def _blocks(model: nn.Module, names: dict[nn.Module, tuple[str, ...]], patterns:
     for pattern in patterns:
         _check_pattern(pattern, "blocks")
         fitting = [m for m, aliases in names.items() if m is not model and fits(pattern, m, aliases)]
+        # Activations and pooling that a pattern happens to cover keep their true derivative.
+        fitting = [m for m in fitting if next(m.parameters(), None) is not None]
         if not fitting:
             every = [alias for aliases in names.values() for alias in aliases if alias]
             hint = nearest(pattern, every) if isinstance(pattern, str) else ""
-            raise ConversionError(f"blocks: no module fits {_show(pattern)}{hint}")
+            some = any(m is not model and fits(pattern, m, aliases) for m, aliases in names.items())
+            why = " (but some without parameters)" if some else ""
+            raise ConversionError(f"blocks: no module fits {_show(pattern)}{why}{hint}")
         found.update(fitting)
     return found
 

@@ -132,8 +132,10 @@ def register_rule(name: str) -> Callable[[type[R]], type[R]]:
         raise ConversionError(f"a rule named {name!r} is registered already")
 
     def register(cls: type[R]) -> type[R]:
-        if not (isinstance(cls, type) and issubclass(cls, Rule)):
-            raise ConversionError(f"rule {name!r} must be a subclass of rewire.Rule, not {cls!r}")
+        if not (isinstance(cls, type) and issubclass(cls, (LocalRule, DirectRule, BP))):
+            raise ConversionError(
+                f"rule {name!r} must be a subclass of rewire.LocalRule or rewire.DirectRule, not {cls!r}"
+            )
         cls.name = name
         _registry[name] = cls
         return cls
