@@ -1,6 +1,7 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
+from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
 from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
 from rewire.summary import summary
@@ -27,4 +28,5 @@ __all__ = [
     "summary",
     "targets",
     "use_rule",
+    "verify",
 ]

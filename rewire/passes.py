@@ -147,6 +147,11 @@ def leave(node: Node, call: Call) -> None:
     metadata(node)[_KEY] = call
 
 
+def call_at(y: Tensor) -> Call | None:
+    """The call whose output ``y`` is."""
+    return None if y.grad_fn is None else metadata(y.grad_fn).get(_KEY)
+
+
 def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
     """All calls of layers of ``wiring`` on the way from the graph's leaves to ``sources``."""
     found: dict[int, Call] = {}

@@ -1,0 +1,1 @@
+"""Proof of what happens in a converted model."""
