@@ -41,7 +41,7 @@ def cnn(shape: Shape, classes: int) -> nn.Sequential:
 
 
 def lenet(shape: Shape, classes: int) -> nn.Sequential:
-    """LeNet-5 with ReLU and max pooling, conv 6-16-120 and fully connected 84-10 on 32×32.
+    """LeNet-5 with its own tanh, and max pooling, conv 6-16-120 and fully connected 84-10 on 32×32.
 
     (N, C, H, W) to (N, classes). Smaller images are padded to 32×32, as 28×28 ones always were.
 
@@ -55,16 +55,16 @@ def lenet(shape: Shape, classes: int) -> nn.Sequential:
     return nn.Sequential(
         nn.ZeroPad2d((left, 32 - width - left, top, 32 - height - top)),
         nn.Conv2d(channels, 6, 5),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.MaxPool2d(2),
         nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.MaxPool2d(2),
         nn.Conv2d(16, 120, 5),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.Flatten(),
         nn.Linear(120, 84),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.Linear(84, classes),
     )
 
