@@ -36,7 +36,7 @@ $(BASE): pyproject.toml
 $(DEV): $(BASE)
 	$(PIP) install -e ".[dev]"
 	$(PIP) install --no-deps "$(TORCHVISION)" timm
-	$(PIP) install transformers
+	$(PIP) install transformers pillow
 	@touch $@
 
 demo: $(BASE)

@@ -215,19 +215,21 @@ def no_gc():
 def test_a_thousand_forwards_without_backward_leave_nothing(rule, later, skip):
     model = ready(rule, later, skip=skip)
     tracemalloc.start()
+    grown = []
     try:
         for _ in range(300):  # until Python's own free lists are full
             model(X)
-        with no_gc():
-            before, size = counts(), tracemalloc.get_traced_memory()[0]
-            for _ in range(1000):
-                model(X)
-            assert counts() == before
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - size
+        for _ in range(2):  # a leak grows every time; other tests' leavings do so once at most
+            with no_gc():
+                before, size = counts(), tracemalloc.get_traced_memory()[0]
+                for _ in range(1000):
+                    model(X)
+                assert counts() == before
+            gc.collect()
+            grown.append(tracemalloc.get_traced_memory()[0] - size)
     finally:
         tracemalloc.stop()
-    assert grown < 30_000, f"{grown} bytes"
+    assert min(grown) < 30_000, f"{grown} bytes"
 
 
 @pytest.mark.parametrize("rule", ["dfa", "fa"])
