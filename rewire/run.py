@@ -165,12 +165,8 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     if node is not None:
         leave(node, call)
         if call.tickets and not joins:
-            # Watched at first, after a pass that never met an output layer, and in recomputation.
-            nested = backward_id() != -1
-            if nested or not state.newest:
-                node.register_prehook(watch(call, nested))
-            if not nested:
-                state.newest = call.errors
+            # Some microseconds in each call: a layer that no error can reach must not go unnoticed, not once.
+            node.register_prehook(watch(call, nested=backward_id() != -1))
     return y
 
 

@@ -218,7 +218,6 @@ class LayerState:
         self.sums: tuple[float, float] | None = None
         self.silent_passes = 0
         self.draws = 0
-        self.newest: list[OutputError] | None = None
         self.local: object = None
         self.used: Tensor | None = None
         self.settled = False
@@ -229,7 +228,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
-        return {**self.__dict__, "_random": {}, "_routes": {}, "newest": None, "local": None, "used": None}
+        return {**self.__dict__, "_random": {}, "_routes": {}, "local": None, "used": None}
 
     @property
     def label(self) -> str:
