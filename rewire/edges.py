@@ -16,7 +16,6 @@ own and no gradient flows from its output to its input. What x gets instead come
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,37 +74,19 @@ def wall_at(x: Tensor) -> Wall | None:
 _tickets: dict[torch.device, Tensor] = {}
 
 
-def _ticket(device: torch.device) -> Tensor:
-    found = _tickets.get(device)
-    if found is None:
-        found = _tickets[device] = torch.zeros((), device=device)
-    return found.detach()
+# Where one input's feedback comes from, as its port or probe needs it in the backward: the layer, its rule when
+# the forward ran, the errors that output layers downstream have added, which of the layer's inputs this is, and
+# the wall there, if any. A tuple, because one is made in every call.
+Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None]
 
 
-@dataclass(slots=True)
-class Feed:
-    """Where one input's feedback comes from: what its port or probe needs in the backward.
-
-    Attributes:
-        state: the layer.
-        rule: its rule when the forward ran.
-        errors: filled by every output layer downstream.
-        index: which of the layer's inputs this is.
-        wall: stops other gradients at the input, if asked to.
-    """
-
-    state: LayerState
-    rule: DirectRule
-    errors: list[OutputError]
-    index: int = 0
-    wall: Wall | None = None
-
-    def __call__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The feedback of all errors that arrived in this backward pass."""
-        fed = self.state.hand_back(self.rule, self.errors, self.index, shape, dtype, device)
-        if self.wall is not None and fed is not None:
-            self.wall.add(fed)
-        return fed
+def _feed(feed: Feed, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The feedback of all errors that arrived in this backward pass."""
+    state, rule, errors, index, wall = feed
+    fed = state.hand_back(rule, errors, index, shape, dtype, device)
+    if wall is not None and fed is not None:
+        wall.add(fed)
+    return fed
 
 
 class Port(Function):
@@ -115,12 +96,15 @@ class Port(Function):
     def forward(ctx: Any, x: Tensor, feed: Feed) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.feed = feed
-        ctx.like = (x.shape, x.dtype, x.device)
-        return _ticket(x.device)
+        device = x.device
+        ctx.like = (x.shape, x.dtype, device)
+        if device not in _tickets:
+            _tickets[device] = torch.zeros((), device=device)
+        return _tickets[device].detach()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        return ctx.feed(*ctx.like), None
+        return _feed(ctx.feed, *ctx.like), None
 
 
 class Probe(Function):
@@ -139,11 +123,11 @@ class Probe(Function):
 
     @staticmethod
     def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None]:
-        feed: Feed = ctx.feed
-        if not feed.state.needs_scale(feed.rule):
-            return feed(*ctx.like), None
+        state, rule, errors, index, _ = ctx.feed
+        if not state.needs_scale(rule):
+            return _feed(ctx.feed, *ctx.like), None
         if exact is not None:
-            feed.state.measure(feed.rule, feed.errors, feed.index, exact)
+            state.measure(rule, errors, index, exact)
         return exact, None
 
 
@@ -161,14 +145,13 @@ class Join(Function):
         state: LayerState,
         error: OutputError | None,
         nested: bool,
-        copy: bool,
         *tickets: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.error, ctx.nested, ctx.tickets = state, error, nested, len(tickets)
-        # Where the operation may have kept its own output for backward, an in-place operation on an
-        # alias would change it unnoticed; a copy is safe.
-        return y.clone() if copy else alias(y)
+        # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
+        # place is allowed or refused exactly as for y itself.
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -177,7 +160,7 @@ class Join(Function):
                 raise PassError(reentrant_message(ctx.state.label))
             ctx.state.wiring.error_reached(ctx.state, ctx.error, gradient)
         tickets: int = ctx.tickets
-        return (gradient, None, None, None, None) + (None,) * tickets
+        return (gradient, None, None, None) + (None,) * tickets
 
 
 class Project(Function):
@@ -254,22 +237,25 @@ project: Callable[..., Tensor] = Project.apply
 carry: Callable[..., Tensor] = Carry.apply
 
 
-def watch(call: Call, nested: bool) -> Any:
-    """A hook for the node of a hidden layer's output: a gradient there, but no output error, is an error."""
-    state, errors = call.state, call.errors
+def check(call: Call, nested: bool, gradients: Sequence[Tensor | None]) -> None:
+    """Hook of the node of a hidden layer's output: a gradient there, but no output error to come, is an error.
 
-    def check(gradients: Any) -> None:
-        if nested:
-            raise PassError(reentrant_message(state.label))
-        if not errors and any(g is not None for g in gradients):
-            raise PassError(
-                f"layer {state.label} got a gradient, but no output error can reach it: its output went to the "
-                f"loss without passing output layer {state.wiring.outputs_label()}. Call the whole model; or name "
-                f"every layer the loss sees, output=[...]; or keep this part on backprop, "
-                f"layers={{{state.name!r}: 'bp'}}; or run it under rewire.use_rule(model, 'bp') or torch.no_grad()"
-            )
-
-    return check
+    Args:
+        nested: the call was made inside a backward pass.
+        gradients: what arrived at the output.
+    """
+    if call.errors and not nested:
+        return
+    if nested:
+        raise PassError(reentrant_message(call.state.label))
+    if any(g is not None for g in gradients):
+        label, name, wiring = call.state.label, call.state.name, call.state.wiring
+        raise PassError(
+            f"layer {label} got a gradient, but no output error can reach it: its output went to the loss without "
+            f"passing output layer {wiring.outputs_label()}. Call the whole model; or name every layer the loss "
+            f"sees, output=[...]; or keep this part on backprop, layers={{{name!r}: 'bp'}}; or run it under "
+            "rewire.use_rule(model, 'bp') or torch.no_grad()"
+        )
 
 
 def reentrant_message(label: str) -> str:

@@ -41,7 +41,7 @@ class _Linear(Function):
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         # For inputs of three and more dimensions PyTorch returns a view, which in-place operations reject.
-        return _aten._unsafe_view(y, y.shape) if x.dim() > 2 else y
+        return y.detach() if x.dim() > 2 else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rewire.wiring import LayerState
 
 Node = torch.autograd.graph.Node
-_KEY = "rewire.call"
+CALL = "rewire.call"  # where a call lies in the metadata of its output's graph node
 
 
 def backward_id() -> int:
@@ -144,12 +144,12 @@ def metadata(node: Node) -> dict[Any, Any]:
 
 def leave(node: Node, call: Call) -> None:
     """Put ``call`` on the graph node of its output."""
-    metadata(node)[_KEY] = call
+    metadata(node)[CALL] = call
 
 
 def call_at(y: Tensor) -> Call | None:
     """The call whose output ``y`` is."""
-    return None if y.grad_fn is None else metadata(y.grad_fn).get(_KEY)
+    return None if y.grad_fn is None else metadata(y.grad_fn).get(CALL)
 
 
 def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
@@ -162,9 +162,11 @@ def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
         if node in seen:
             continue
         seen.add(node)
-        call: Call | None = metadata(node).get(_KEY)
+        call: Call | None = metadata(node).get(CALL)
         if call is None:
-            stack.extend([parent for parent, _ in node.next_functions if parent is not None])
+            for parent, _ in node.next_functions:
+                if parent is not None:
+                    stack.append(parent)
             continue
         # From here only the inputs matter; how the layer's own weights were made does not.
         if call.state.wiring is wiring and id(call) not in found:

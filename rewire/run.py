@@ -7,21 +7,25 @@ Three ways, one per kind of rule: :func:`_exact` (``bp``), :func:`_local` and :f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rewire.edges import Feed, Wall, alias, carry, join, port, probe, project, wall_at, watch
+from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
 from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight
-from rewire.passes import Call, Node, OutputError, backward_id, leave, upstream
+from rewire.passes import CALL, Call, Node, OutputError, backward_id, leave, upstream
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role
 
 Forward = Callable[..., Any]
+# Looked up once: these run in every call of every layer.
+_backward_id: Callable[[], int] = torch._C._current_graph_task_id
+_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def run(state: LayerState, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -31,7 +35,7 @@ def run(state: LayerState, module: nn.Module, forward: Forward, args: tuple[Any,
     state.ran = True
     rule = state.rule
     if isinstance(rule, DirectRule):
-        if torch._C._are_functorch_transforms_active():
+        if _transforming():
             return _transformed(state, rule, module, forward, args, kwargs)
         return _direct(state, rule, module, forward, args, kwargs)
     if isinstance(rule, LocalRule):
@@ -40,9 +44,30 @@ def run(state: LayerState, module: nn.Module, forward: Forward, args: tuple[Any,
         output = forward(module, *args, **kwargs)
     if not state.joins:
         return output
-    if torch._C._are_functorch_transforms_active():
+    if _transforming():
         return _transformed_output(state, output, args, kwargs)
     return _finish(state, output, _sources(args, kwargs), [], [], 0)
+
+
+def steady(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for nearly every call there is: a settled hidden layer under a direct rule, with one input.
+
+    Written out in one place because every Python function more is felt in small layers, and more so when the
+    weights of large ones have swept the cache.
+    """
+    if not x.requires_grad or state.wiring.unsettled or _transforming():
+        return run(state, module, forward, (x,), {})
+    node = x.grad_fn
+    errors: list[OutputError] = []
+    ticket = port(x, (state, state.rule, errors, 0, None))
+    y = forward(module, x.detach())
+    call = Call(state, [] if node is None else [node], [ticket], errors, 1)
+    if type(y) is not Tensor or not y.requires_grad or y._is_view():
+        return _mark(state, call, y, joins=False) if isinstance(y, Tensor) else _mark_all(state, call, y, joins=False)
+    made = y.grad_fn
+    made.metadata[CALL] = call  # type: ignore[union-attr, index]
+    made.register_prehook(partial(check, call, _backward_id() != -1))  # type: ignore[union-attr]
+    return y
 
 
 class _Backward(BackwardWeight):
@@ -67,7 +92,7 @@ class _Backward(BackwardWeight):
         return self.fixed
 
     def note(self, weight: Tensor) -> None:
-        if self.rule.uses_weight and not torch._C._are_functorch_transforms_active():
+        if self.rule.uses_weight and not _transforming():
             self.state.used = weight.detach()
 
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
@@ -102,7 +127,7 @@ def _direct(
         if not x.requires_grad:
             return _finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
-        feed = Feed(state, rule, errors, 0, _wall(state, rule, x))
+        feed = (state, rule, errors, 0, _wall(state, rule, x))
         sources = [] if node is None else [node]
         if state.settled:
             ticket = port(x, feed)
@@ -117,7 +142,7 @@ def _direct(
         if isinstance(x, Tensor) and x.requires_grad:
             if x.grad_fn is not None:
                 sources.append(x.grad_fn)
-            feed = Feed(state, rule, errors, index, _wall(state, rule, x))
+            feed = (state, rule, errors, index, _wall(state, rule, x))
             if state.settled:
                 tickets.append(port(x, feed))
                 leaves[i] = x.detach()
@@ -144,11 +169,14 @@ def _finish(
     """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
     call = Call(state, sources, tickets, errors, ports)
     joins = state.joins
-    if isinstance(output, Tensor):
-        return _mark(state, call, output, joins)
+    return _mark(state, call, output, joins) if isinstance(output, Tensor) else _mark_all(state, call, output, joins)
+
+
+def _mark_all(state: LayerState, call: Call, output: Any, joins: bool) -> Any:
+    """:func:`_mark` for each tensor in what a block returns."""
     leaves, spec = tree_flatten(output)
     for i, y in enumerate(leaves):
-        if isinstance(y, Tensor) and (y.requires_grad or (tickets and y.is_floating_point())):
+        if isinstance(y, Tensor) and (y.requires_grad or (call.tickets and y.is_floating_point())):
             leaves[i] = _mark(state, call, y, joins)
     return tree_unflatten(leaves, spec)
 
@@ -157,7 +185,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     if joins:
         y = _join(state, call, y)
     elif call.tickets and not y.requires_grad:
-        y = join(y, state, None, False, True, *call.tickets)  # frozen: keeps the graph in one piece
+        y = join(y, state, None, False, *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
         # An in-place operation on a view would replace its graph node, and the call left there with it.
         y = alias(y)
@@ -166,7 +194,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
         leave(node, call)
         if call.tickets and not joins:
             # Some microseconds in each call: a layer that no error can reach must not go unnoticed, not once.
-            node.register_prehook(watch(call, nested=backward_id() != -1))
+            node.register_prehook(partial(check, call, backward_id() != -1))
     return y
 
 
@@ -188,7 +216,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    return join(y, state, error, nested, state.kind.keeps_output, *tickets)
+    return join(y, state, error, nested, *tickets)
 
 
 def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:

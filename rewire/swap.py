@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewire.run import run
+from rewire.run import run, steady
 from rewire.wiring import LayerState
+
+# Looked up once: these run in every call of every layer.
+_grad_enabled = torch.is_grad_enabled
+_compiling = torch.compiler.is_compiling
 
 STATE = "_rewire"  # in the module's __dict__: not a parameter, buffer or submodule
 
@@ -57,11 +61,14 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
     parent: Any = base
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not _grad_enabled():
             return parent.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return _outside_of_compile(self.__dict__[STATE], self, parent.forward, args, kwargs)
-        return run(self.__dict__[STATE], self, parent.forward, args, kwargs)
+        state: LayerState = self.__dict__[STATE]
+        if _compiling():
+            return _outside_of_compile(state, self, parent.forward, args, kwargs)
+        if state.steady and len(args) == 1 and not kwargs:
+            return steady(state, self, parent.forward, args[0])
+        return run(state, self, parent.forward, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:
         plain: str = parent.extra_repr(self)

@@ -197,6 +197,7 @@ class LayerState:
         ran: its forward has run with gradients on.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
+        steady: settled, hidden, under a direct rule, with nothing special: the short way through a call.
         ports: number of inputs that get feedback (one, except for blocks).
     """
 
@@ -221,6 +222,7 @@ class LayerState:
         self.local: object = None
         self.used: Tensor | None = None
         self.settled = False
+        self.steady = False
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
         self.reading: Reading | None = None
@@ -246,8 +248,9 @@ class LayerState:
 
         With output layers named by the user, a layer kept on backprop may sit above them.
         """
-        if self.role is not Role.UNKNOWN:
-            return self.role is Role.OUTPUT
+        role = self.role
+        if role is not Role.UNKNOWN:
+            return role is Role.OUTPUT
         return self.wiring.asked is None or self.active
 
     def needs_scale(self, rule: DirectRule) -> bool:
@@ -257,7 +260,9 @@ class LayerState:
     def refresh(self) -> None:
         """Recompute ``settled`` after role, scale or rule changed."""
         known = self.role is not Role.UNKNOWN
+        direct = isinstance(self.rule, DirectRule)
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
+        self.steady = self.settled and direct and self.role is Role.HIDDEN and self.wiring.skip == "keep"
 
     def set_scale(self, scale: float, note: str) -> None:
         """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""

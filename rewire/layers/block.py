@@ -13,7 +13,6 @@ class Block(Kind):
     """Any module. Its feature dimension is read off the convolutions inside it, if there are any."""
 
     title = "block"
-    keeps_output = True
     local = False
 
     def __init__(self, module: nn.Module) -> None:

@@ -14,12 +14,10 @@ class Kind:
 
     Attributes:
         title: for tables.
-        keeps_output: the operation may keep its own output for backward (see ``Join``).
         local: whether local rules are possible: whether there is a weight to replace.
     """
 
     title = "layer"
-    keeps_output = False
     local = True
 
     def axis(self, dims: int) -> int:

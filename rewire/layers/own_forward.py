@@ -25,8 +25,6 @@ from rewire.layers.kinds import BackwardWeight, Kind
 class OwnForward(Kind):
     """A layer like ``base``, run through its own forward."""
 
-    keeps_output = True
-
     def __init__(self, base: Kind) -> None:
         self.base = base
         self.title = f"{base.title}, forward of its own"
