@@ -972,6 +972,42 @@ def test_nothing_requires_grad():
     assert not model(X).requires_grad
 
 
+@RULES
+@WHEN
+@pytest.mark.parametrize("lead", [(6,), (6, 3), (6, 3, 2)], ids=["rows", "tokens", "grid"])
+def test_an_in_place_activation_on_a_layers_output(rule, later, lead):
+    """For more than two dimensions PyTorch's linear returns a view; what the layer left on its graph must survive."""
+
+    def make():
+        return nn.Sequential(
+            nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, 4)
+        )
+
+    x = randn(*lead, 5, seed=7)
+    model = rewire.convert(seeded(make), rule, scale=SCALE)
+
+    def loss_of(y):
+        return y.exp().sum()
+
+    if later:
+        settled(model, x, loss_of)
+    loss_of(model(x)).backward()
+    (W1, b1), (W2, b2), (W3, b3) = [(W, b) for _, W, b in weights(model)]
+    B = rewire.feedback(model)
+    rows = x.reshape(-1, 5)
+    h1 = torch.relu(rows @ W1.T + b1)
+    h2 = torch.relu(h1 @ W2.T + b2)
+    e = (h2 @ W3.T + b3).exp()
+    d2 = (e @ (W3 if rule == "bp" else B["4"])) * (h2 > 0)
+    d1 = {"bp": lambda: d2 @ W2, "fa": lambda: d2 @ B["2"], "dfa": lambda: e @ B["2"]}[rule]() * (h1 > 0)
+    deltas = {"4": (e, h2), "2": (d2, h1), "0": (d1, rows)}
+    check(
+        model,
+        {f"{n}.weight": d.T @ h for n, (d, h) in deltas.items()}
+        | {f"{n}.bias": d.sum(0) for n, (d, _) in deltas.items()},
+    )
+
+
 # -- use_rule ----------------------------------------------------------------------------------------------------
 
 
@@ -1272,6 +1308,7 @@ def test_a_block_with_structured_inputs_and_outputs(later):
     W = {name: (W, b) for name, W, b in weights(model)}
     B = rewire.feedback(model)
     assert B.keys() == {"gate", "gate#1", "gate#2", "out"}
+    assert not any(torch.isclose(B["gate"], B[f"gate#{i}"]).any() for i in (1, 2)), "each input has its own"
     a, b, c = (torch.tanh(X @ W[n][0].T + W[n][1]) for n in "abc")
     p = torch.tanh(a @ W["gate.p"][0].T + W["gate.p"][1])
     v = 1.5 * (b @ W["gate.q"][0].T + W["gate.q"][1])
