@@ -221,7 +221,10 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
 
 def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
     """Graph nodes of a layer's inputs."""
-    return [x.grad_fn for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.grad_fn is not None]
+    inputs = [*args, *kwargs.values()]
+    if not all(isinstance(x, Tensor) for x in inputs):  # a block may take anything
+        inputs = tree_flatten(inputs)[0]
+    return [x.grad_fn for x in inputs if isinstance(x, Tensor) and x.grad_fn is not None]
 
 
 # -- torch.func transforms -----------------------------------------------------------------------------

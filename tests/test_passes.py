@@ -1330,6 +1330,55 @@ def test_a_block_with_structured_inputs_and_outputs(later):
     )
 
 
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Linear(6, 4)
+
+    def forward(self, given):
+        return {"y": self.p(given["a"] * given["b"][0])}
+
+
+class ProductNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.low, self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(5, 6), Product()
+
+    def forward(self, x):
+        a = torch.tanh(self.a(torch.tanh(self.low(x))))
+        return self.head({"a": a, "b": (torch.tanh(self.b(x)), None)})["y"]
+
+
+@WHEN
+@pytest.mark.parametrize("head", ["dfa", "bp"])
+@pytest.mark.parametrize("first", ["dfa", "bp"], ids=["", "first passes under bp"])
+def test_an_output_block_with_structured_inputs(head, first, later):
+    model = rewire.convert(seeded(ProductNet), "dfa", blocks=["head"], layers={"head": head}, scale=SCALE)
+    if later:
+        with rewire.use_rule(model, "bp") if first == "bp" else contextlib.nullcontext():
+            settled(model, X, LOSS)
+    LOSS(model(X)).backward()
+    W = {name: (W, b) for name, W, b in weights(model)}
+    B = rewire.feedback(model)
+    low = torch.tanh(X @ W["low"][0].T + W["low"][1])
+    a = torch.tanh(low @ W["a"][0].T + W["a"][1])
+    b = torch.tanh(X @ W["b"][0].T + W["b"][1])
+    e = error(LOSS, (a * b) @ W["head.p"][0].T + W["head.p"][1])
+    exact = e @ W["head.p"][0]
+    at_a, at_b = (exact * b, exact * a) if head == "bp" else (e @ B["head"], e @ B["head#1"])
+    deltas = {
+        "head.p": (e, a * b),
+        "a": (at_a * (1 - a**2), low),
+        "b": (at_b * (1 - b**2), X),
+        "low": ((e @ B["a"]) * (1 - low**2), X),
+    }
+    check(
+        model,
+        {f"{n}.weight": d.T @ h for n, (d, h) in deltas.items()}
+        | {f"{n}.bias": d.sum(0) for n, (d, _) in deltas.items()},
+    )
+
+
 # -- surrogate derivatives --------------------------------------------------------------------------------------------
 
 
