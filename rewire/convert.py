@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from rewire import hosts
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.layers.own_forward import OwnForward
@@ -96,6 +97,9 @@ def convert(
         swap_in(choice.module, cls, state)
     for module, surrogate_cls, surrogate in surrogates:
         swap_in(module, surrogate_cls, surrogate)
+    for module in model.modules():
+        hosts.remove(module)
+    hosts.attach(model, {choice.module: state for choice, state in zip(choices, states, strict=True)})
     return model
 
 
@@ -110,6 +114,8 @@ def restore(model: M) -> M:
             ``fully_shard``): that has to come off first.
     """
     _take_off(model)
+    for module in model.modules():
+        hosts.remove(module)
     return model
 
 

@@ -1,7 +1,8 @@
 """One call of one converted layer: where x is cut, and what is left on the graph.
 
-Three ways, one per kind of rule: :func:`_exact` (``bp``), :func:`_local` and :func:`_direct`. Each ends in
-:func:`_finish`, which joins the output to the pass if the layer is, or may be, an output layer.
+Under ``bp`` the operation runs as it is, under a local rule with another backward weight, and under a direct rule in
+:func:`_direct`, cut off from its input. All end in :func:`_finish`, which joins the output to the pass if the
+layer is, or may be, an output layer.
 """
 
 from __future__ import annotations

@@ -194,7 +194,8 @@ class LayerState:
         scale: standard deviation of the entries of a direct feedback; None while not measured.
         scale_note: where the scale comes from.
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
-        ran: its forward has run with gradients on.
+        ran: it has run with gradients on.
+        functional: another module uses its weight directly; its own forward does not run.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: settled, hidden, under a direct rule, with nothing special: the short way through a call.
@@ -214,6 +215,7 @@ class LayerState:
         self.std = std
         self.std_note = ""
         self.ran = False
+        self.functional = False
         self.seen = False
         self.votes = 0
         self.sums: tuple[float, float] | None = None

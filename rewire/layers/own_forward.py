@@ -69,7 +69,7 @@ class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        operation = _OPERATIONS.get(func)
+        operation = OPERATIONS.get(func)
         if operation is not None:
             signature, run = operation
             bound = signature.bind(*args, **(kwargs or {}))
@@ -159,7 +159,8 @@ def _signature(run: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "backward"])
 
 
-_OPERATIONS: dict[Any, tuple[inspect.Signature, Callable[..., Any]]] = {
+# Operation -> its signature, and how to run it with another backward.
+OPERATIONS: dict[Any, tuple[inspect.Signature, Callable[..., Any]]] = {
     F.linear: (_signature(_linear), _linear),
     **{f: (_signature(_convolution), _convolution) for f in (F.conv1d, F.conv2d, F.conv3d)},
     **{f: (_signature(_transposed), _transposed) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
