@@ -1,9 +1,10 @@
-"""Layers whose weight another module uses directly, as in ``F.linear(x, self.qkv.weight)``: their own forward never runs.
+"""Layers whose weight another module uses directly, as in ``F.linear(x, self.qkv.weight)``.
 
-Such a layer's rule would be dead without a word. So the module around each layer, its *host*, is watched in
-the first passes: while the host's forward runs, linear operations and convolutions that are given the
-layer's own weight are run as a call of that layer. A layer whose forward does run is no longer watched for,
-and a host without anything left to watch for loses its hooks: afterwards only hosts that do use a child's weight pay.
+Their own forward never runs, and such a layer's rule would be dead without a word. So the module around each
+layer, its *host*, is watched in the first passes: while the host's forward runs, linear operations and
+convolutions that are given the layer's own weight are run as a call of that layer. A layer whose forward does
+run is no longer watched for, and a host without anything left to watch for loses its hooks: afterwards only
+hosts that do use a child's weight pay.
 """
 
 from __future__ import annotations
@@ -48,19 +49,21 @@ def enter(module: nn.Module, args: Any) -> None:
         return
     if torch.compiler.is_compiling():
         return
-    mode = _active.get()
-    if mode is None:
-        mode = _Watch()
+    watch = _active.get()
+    if watch is None:
+        watch = _Watch()
+        mode: Any = watch
         mode.__enter__()
-        _active.set(mode)
-    mode.add(module, host)
+        _active.set(watch)
+    watch.add(module, host)
 
 
 def leave(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a host; called after an exception too."""
-    mode = _active.get()
-    if mode is not None and mode.drop(module):
+    watch = _active.get()
+    if watch is not None and watch.drop(module):
         _active.set(None)
+        mode: Any = watch
         mode.__exit__(None, None, None)
 
 
@@ -161,4 +164,12 @@ def _call(layer: nn.Module, state: LayerState, func: Any, arguments: dict[str, A
         y: Tensor = func(x, **rest)
         return y
 
-    return run(state, layer, forward, (arguments["input"],), {})
+    args: tuple[Any, ...] = (arguments["input"],)
+    kwargs: dict[str, Any] = {}
+    if state.observer is None:
+        return run(state, layer, forward, args, kwargs)
+    before, after = state.observer
+    args, kwargs = before(layer, args, kwargs)
+    y = run(state, layer, forward, args, kwargs)
+    after(layer, args, kwargs, y)
+    return y

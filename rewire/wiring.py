@@ -196,6 +196,7 @@ class LayerState:
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: it has run with gradients on.
         functional: another module uses its weight directly; its own forward does not run.
+        observer: called before and after each functional use, as forward hooks are around a forward.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: settled, hidden, under a direct rule, with nothing special: the short way through a call.
@@ -216,6 +217,7 @@ class LayerState:
         self.std_note = ""
         self.ran = False
         self.functional = False
+        self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
         self.sums: tuple[float, float] | None = None
@@ -232,7 +234,7 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
-        return {**self.__dict__, "_random": {}, "_routes": {}, "local": None, "used": None}
+        return {**self.__dict__, "_random": {}, "_routes": {}, "local": None, "observer": None, "used": None}
 
     @property
     def label(self) -> str:

@@ -217,6 +217,9 @@ def _watch(
         _hook(y, _put(found, 0, call))
         call.note = call_at(y)
 
+    states = [state for m in watched if (state := state_of(m)) is not None]
+    for state in states:
+        state.observer = (before, after)  # for weights that another module uses directly
     hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in watched]
     hooks += [m.register_forward_hook(after, with_kwargs=True) for m in watched]
     try:
@@ -225,6 +228,8 @@ def _watch(
     finally:
         for hook in hooks:
             hook.remove()
+        for state in states:
+            state.observer = None
     return seen
 
 
@@ -267,7 +272,7 @@ def _reports(model: nn.Module, seen: dict[str, list[_Seen]], reference: dict[str
             if touched and not state.active:
                 report(ON_BACKPROP, "its weight is used by another module directly")
             elif touched:
-                report(DEAD, "its weight is used by another module directly; its own forward never ran")
+                report(DEAD, "its weight is used by another module in a way that is not known; its forward never ran")
             else:
                 report(NOT_RUN, "did not run in this pass")
             continue
@@ -330,7 +335,7 @@ def _formula(
     """What the rule says goes to input ``index`` of ``call``; None where it cannot be recomputed."""
     x, rule = call.inputs[index], state.rule
     if isinstance(rule, LocalRule):
-        if isinstance(state.kind, OwnForward) or call.delta is None:
+        if call.delta is None or (isinstance(state.kind, OwnForward) and not state.functional):
             return None
         plain = _original(module)
         _set_weight(plain, used[state.name].to(x.dtype))
@@ -404,6 +409,8 @@ def _own_gradients(model: nn.Module, seen: dict[str, list[_Seen]]) -> dict[str, 
     exact: dict[str, bool] = {}
     for module, state in _states(model).items():
         mine = [(name, p) for name, p in module.named_parameters() if p.requires_grad and owners[p] == 1]
+        if state.functional:  # who uses the weight may make a bias of its own for it
+            mine = [(name, p) for name, p in mine if name == "weight"]
         calls = [call for call in seen[state.name] if call.delta is not None]
         if not mine or not calls or not state.kind.local:
             continue

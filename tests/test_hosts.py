@@ -1,0 +1,181 @@
+"""A layer whose weight another module uses directly is under its rule all the same."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import rewire
+
+
+class Functional(nn.Module):
+    """Uses one child's weight as ``F.linear``, another's as ``F.conv1d``, and calls a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.used = nn.Linear(6, 6)
+        self.conv = nn.Conv1d(1, 2, 3, padding=1)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        h = torch.tanh(F.linear(h, self.used.weight, bias=self.used.bias * 2))
+        h = F.conv1d(h.unsqueeze(1), self.conv.weight, self.conv.bias, padding=1)
+        return self.last(torch.tanh(h).flatten(1))
+
+
+X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 3])
+
+
+def make(**options):
+    torch.manual_seed(0)
+    return rewire.convert(Functional().double(), **options)
+
+
+def one_pass(model):
+    model.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def by_hand(model, rule):
+    """The same network, with what each layer hands back written out."""
+    B = rewire.feedback(model)
+    m = copy.deepcopy(dict(model.named_parameters()))
+    m = {name: p.detach().requires_grad_() for name, p in m.items()}
+    a1 = X @ m["first.weight"].T + m["first.bias"]
+    h1 = torch.tanh(a1.detach()).requires_grad_()
+    a2 = F.linear(h1.detach(), m["used.weight"], m["used.bias"] * 2)
+    h2 = torch.tanh(a2.detach()).unsqueeze(1)
+    a3 = F.conv1d(h2, m["conv.weight"], m["conv.bias"], padding=1)
+    h3 = torch.tanh(a3.detach()).flatten(1)
+    y = F.linear(h3, m["last.weight"], m["last.bias"])
+    leaf = y.detach().requires_grad_()
+    (e,) = torch.autograd.grad(F.cross_entropy(leaf, Y), leaf)
+    if rule == "dfa":
+        fed = [e @ B[name].flatten(1) for name in ("used", "conv", "last")]
+        d3 = fed[2].reshape(a3.shape) * (1 - torch.tanh(a3.detach()) ** 2)
+        d2 = fed[1].reshape(a2.shape) * (1 - torch.tanh(a2.detach()) ** 2)
+        d1 = fed[0] * (1 - h1.detach() ** 2)
+    else:
+        d3 = (e @ B["last"]).reshape(a3.shape) * (1 - torch.tanh(a3.detach()) ** 2)
+        back = F.conv_transpose1d(d3, B["conv"], padding=1).squeeze(1)
+        d2 = back * (1 - torch.tanh(a2.detach()) ** 2)
+        d1 = (d2 @ B["used"]) * (1 - h1.detach() ** 2)
+    for out, delta in ((y, e), (a3, d3), (a2, d2), (a1, d1)):
+        out.backward(delta)
+    return {name: p.grad for name, p in m.items()}
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa", "usf", "frsf"])
+def test_values(rule):
+    model = make(rule=rule, scale=0.3)
+    for _ in range(3):  # the first pass too
+        got = one_pass(model)
+        for name, wanted in by_hand(model, rule).items():
+            assert torch.allclose(got[name], wanted, rtol=0, atol=1e-12), name
+
+
+def test_auto_scale_measures_them_too():
+    model = make(rule="dfa")
+    plain = {name: p.grad for name, p in _backprop(model).named_parameters()}
+    first = one_pass(model)
+    assert all(torch.allclose(first[name], plain[name], atol=1e-12) for name in plain)
+    assert set(rewire.scales(model)) == {"used", "conv", "last"}
+    got = one_pass(model)
+    for name, wanted in by_hand(model, "dfa").items():
+        assert torch.allclose(got[name], wanted, rtol=0, atol=1e-12), name
+
+
+def _backprop(model):
+    plain = rewire.restore(copy.deepcopy(model))
+    one_pass(plain)
+    return plain
+
+
+def test_no_warning_and_a_summary_without_complaint(recwarn):
+    model = make(rule="dfa")
+    for _ in range(3):
+        one_pass(model)
+    assert not [w for w in recwarn if issubclass(w.category, rewire.RewireWarning)]
+    assert not any("has not run" in row.note for row in rewire.summary(model).rows)
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+def test_verify_says_live(rule):
+    result = rewire.verify(make(rule=rule), X, lambda out: F.cross_entropy(out, Y))
+    assert result.ok, str(result)
+    status = {layer.name: layer.status for layer in result.layers}
+    assert status == {"first": "first layer", "used": "live", "conv": "live", "last": "live"}
+    assert all(layer.formula == pytest.approx(1) for layer in result.layers if layer.status == "live")
+
+
+def test_only_hosts_in_use_keep_their_hooks():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Functional()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.inner(x)))
+
+    model = rewire.convert(Outer().double(), "dfa")
+    assert len(model._forward_hooks) == len(model.inner._forward_hooks) == 1
+    for _ in range(2):
+        one_pass(model)
+    assert len(model._forward_hooks) == 0
+    assert len(model.inner._forward_hooks) == 1
+    rewire.restore(model)
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._forward_hooks_always_called
+        assert not any("rewire" in name for name in module.__dict__)
+
+
+def test_copies_and_pickles():
+    model = make(rule="dfa", scale=0.3)
+    one_pass(model)
+    wanted = one_pass(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for name, gradient in one_pass(other).items():
+            assert torch.equal(gradient, wanted[name])
+
+
+def test_forward_is_the_same_and_an_exception_leaves_nothing_behind():
+    plain = make(rule="bp")
+    rewire.restore(plain)
+    model = make(rule="fa")
+    assert torch.equal(model(X), plain(X))
+    with torch.no_grad():
+        assert torch.equal(model(X), plain(X))
+    with pytest.raises(RuntimeError):
+        model(X[:, :2])
+    assert (
+        torch.overrides._len_torch_function_stack() == 0 if hasattr(torch.overrides, "_len_torch_function_stack") else 1
+    )
+    got = one_pass(model)
+    for name, wanted in by_hand(model, "fa").items():
+        assert torch.allclose(got[name], wanted, rtol=0, atol=1e-12), name
+
+
+def test_a_layer_that_never_runs_at_all_is_warned_about_once():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.never, self.b = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)) @ self.never.weight.T)  # no known operation
+
+    model = rewire.convert(Net().double(), "fa")
+    with pytest.warns(rewire.RewireWarning, match="'never'"):
+        for _ in range(2):
+            one_pass(model)
+    result = rewire.verify(model, X, lambda out: F.cross_entropy(out, Y))
+    assert not result.ok
+    assert {layer.name: layer.status for layer in result.layers}["never"] == "dead"
