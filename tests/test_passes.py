@@ -395,8 +395,9 @@ def backbone_alone(model):
         loss.backward()
 
 
-def test_backbone_alone_names_the_layer():
-    backbone_alone(ready("dfa", later=True))
+@pytest.mark.parametrize("skip", ["keep", "cut"])
+def test_backbone_alone_names_the_layer(skip):
+    backbone_alone(ready("dfa", later=True, skip=skip))
 
 
 def test_backbone_alone_again_and_again_names_the_layer():
@@ -611,6 +612,21 @@ def test_only_one_of_two_outputs_has_a_loss(which):
     check(model, two_heads(X, model, ea, eb, by_output(model)))
 
 
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_an_error_from_an_earlier_backward_feeds_no_later_one(which):
+    """The first backward stops at a head, so that nothing below has used its error yet."""
+    model = rewire.convert(seeded(TwoHeads), "dfa", scale=SCALE)
+    settled(model, X, lambda y: loss_a(y[0]) + loss_b(y[1]))
+    ya, yb = model(X)
+    losses = {"a": loss_a(ya), "b": loss_b(yb)}
+    head = model.get_submodule(which)
+    torch.autograd.grad(losses.pop(which), head.bias, retain_graph=True)
+    next(iter(losses.values())).backward()
+    ya, yb = head_outputs(model, X)
+    ea, eb = (error(loss_a, ya), None) if which == "b" else (None, error(loss_b, yb))
+    check(model, two_heads(X, model, ea, eb, by_output(model)))
+
+
 @pytest.mark.parametrize("output", [None, ("a", "b")])
 def test_heads_that_alternate_from_batch_to_batch(output):
     model = rewire.convert(seeded(TwoHeads), "dfa", scale=SCALE, output=output)
@@ -734,7 +750,7 @@ def run_checkpointed(model, x, *, reentrant=False):
     return model[4](h)
 
 
-@RULES
+@pytest.mark.parametrize("rule", ["dfa", "fa", "brsf", "bp"])  # brsf: no new draw when recomputed
 @WHEN
 @pytest.mark.parametrize("scale", [SCALE, "auto"])
 @pytest.mark.parametrize("span", ["middle", "all", "head"])
@@ -772,9 +788,10 @@ def test_checkpointing_of_a_recurrent_backward_twice():
 
 
 @WHEN
+@pytest.mark.parametrize("skip", ["keep", "cut"])
 @pytest.mark.parametrize("span", ["middle", "head"])
-def test_reentrant_checkpointing_is_refused(later, span):
-    model = ready("dfa", later)
+def test_reentrant_checkpointing_is_refused(later, span, skip):
+    model = ready("dfa", later, skip=skip)
     if span == "middle":
         y = run_checkpointed(model, X, reentrant=True)
     else:

@@ -365,6 +365,31 @@ def test_auto_measures_a_layers_own_share_not_the_sum_with_a_skip_connection():
     assert rewire.scales(model) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_auto_of_a_layer_used_several_times_is_over_all_uses():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp, self.r, self.out = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = torch.tanh(self.inp(x))
+            return self.out(torch.tanh(self.r(torch.tanh(self.r(h)))))
+
+    model = rewire.convert(seeded(Twice), "dfa", seed=2)
+    LOSS(model(X)).backward()
+    named = {layer[0]: layer for layer in weights(model)}
+    # As a chain of four layers, of which two are the same.
+    unrolled = [named["inp"], ("r1", *named["r"][1:]), ("r2", *named["r"][1:]), named["out"]]
+    e = error(LOSS, states(unrolled, X)[-1])
+    exact = backprop_inputs(unrolled, X, e)
+    fed = (e @ unit(2, "r", (4, 6))).square().sum()
+    wanted = {
+        "r": float(((exact["r1"].square().sum() + exact["r2"].square().sum()) / (2 * fed)).sqrt()),
+        "out": float(exact["out"].norm() / (e @ unit(2, "out", (4, 6))).norm()),
+    }
+    assert rewire.scales(model) == pytest.approx(wanted, rel=1e-12)
+
+
 @pytest.mark.parametrize("rule", ["fa", "usf", "frsf"])
 def test_auto_of_local_rules_is_the_weights_standard_deviation_at_conversion(rule):
     model = mlp()
