@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --quick    # the judged lines only
 
 A step is zeroing the gradients, forward, loss and backward; the optimizer, which is the same for all, is
-left out. Each turn runs every rule once on the same batch, in alternating order, and every figure is the
+left out. Each rule takes turns with backprop on the same batch, in alternating order; every figure is the
 median over turns of the ratio within a turn, with the quartiles behind it. Results are also written to
 ``benchmarks/results/step_time-DEVICE.json`` with the machine, versions and thread count.
 """
@@ -62,33 +62,32 @@ def make_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[]
 
 
 def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], batch: int, seconds: float, device: str) -> dict:
-    """Median step time of backprop in seconds, and for each rule the ratio to it with its quartiles."""
+    """Median step time of backprop in seconds, and for each rule the quartiles of its ratio to backprop.
+
+    Rules are measured one after the other, each in turns with backprop on the same batch and the same weights.
+    """
     torch.manual_seed(0)
     base = make().to(device)
     x, y = torch.randn(batch, *shape, device=device), torch.randint(0, 10, (batch,), device=device)
-    steps = {"bp": make_step(copy.deepcopy(base), x, y)}
+    backprop: list[float] = []
+    ratios: dict[str, list[float]] = {}
     for rule in RULES:
-        steps[rule] = make_step(rewire.convert(copy.deepcopy(base), rule), x, y)
-    times: dict[str, list[float]] = {rule: [] for rule in steps}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    end = time.perf_counter() + seconds
-    turn = 0
-    while time.perf_counter() < end or turn < 11:
-        order = list(steps) if turn % 2 else list(steps)[::-1]
-        for rule in order:
-            start = time.perf_counter()
-            steps[rule]()
-            times[rule].append(time.perf_counter() - start)
-        turn += 1
-    ratios = {rule: [t / b for t, b in zip(times[rule], times["bp"], strict=True)] for rule in RULES}
-    return {
-        "batch": batch,
-        "bp_seconds": statistics.median(times["bp"]),
-        "turns": turn,
-        "ratios": {rule: statistics.quantiles(values, n=4) for rule, values in ratios.items()},
-    }
+        steps = (make_step(copy.deepcopy(base), x, y), make_step(rewire.convert(copy.deepcopy(base), rule), x, y))
+        for step in steps:
+            for _ in range(3):
+                step()
+        found: list[float] = []
+        end = time.perf_counter() + seconds / len(RULES)
+        while time.perf_counter() < end or len(found) < 11:
+            times = [0.0, 0.0]
+            for which in (0, 1) if len(found) % 2 else (1, 0):  # who goes second may find the batch in the cache
+                start = time.perf_counter()
+                steps[which]()
+                times[which] = time.perf_counter() - start
+            backprop.append(times[0])
+            found.append(times[1] / times[0])
+        ratios[rule] = statistics.quantiles(found, n=4)
+    return {"batch": batch, "bp_seconds": statistics.median(backprop), "pairs": len(backprop), "ratios": ratios}
 
 
 def machine(device: str) -> dict[str, object]:

@@ -104,7 +104,10 @@ class Port(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        return _feed(ctx.feed, *ctx.like), None
+        state, rule, errors, index, wall = ctx.feed
+        if wall is not None:
+            return _feed(ctx.feed, *ctx.like), None
+        return state.hand_back(rule, errors, index, *ctx.like), None
 
 
 class Probe(Function):

@@ -229,12 +229,23 @@ class LayerState:
         self.steady = False
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
+        self._last_key: tuple[Any, ...] | None = None
+        self._last: Any = None
         self.reading: Reading | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
-        return {**self.__dict__, "_random": {}, "_routes": {}, "local": None, "observer": None, "used": None}
+        return {
+            **self.__dict__,
+            "_random": {},
+            "_routes": {},
+            "_last_key": None,
+            "_last": None,
+            "local": None,
+            "observer": None,
+            "used": None,
+        }
 
     @property
     def label(self) -> str:
@@ -271,7 +282,7 @@ class LayerState:
     def set_scale(self, scale: float, note: str) -> None:
         """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""
         self.scale, self.scale_note = scale, note
-        self._routes = {}
+        self.forget_routes()
 
     # -- direct rules ------------------------------------------------------------------------------
 
@@ -313,13 +324,38 @@ class LayerState:
         """``signal B`` as a tensor of ``shape`` and ``dtype``."""
         if rule.silent:
             return torch.zeros(shape, dtype=dtype, device=device)
-        key = (error.state.name, index, shape, signal.shape, dtype, device, rule.layout, self.order)
-        found = self._routes.get(key)
-        if found is None:
-            found = self._routes[key] = self._route(rule, error, index, shape, signal.shape, dtype, device)
-        route, feedback = found
+        # Nearly every call is like the one before it.
+        key = (rule, error.state, index, shape, signal.shape, dtype, device)
+        route: Route
+        feedback: Tensor
+        if key == self._last_key:
+            route, feedback = self._last
+        else:
+            route, feedback = self._find(rule, error, index, shape, signal.shape, dtype, device)
+            self._last_key, self._last = key, (route, feedback)
         fed = route(signal, feedback)
         return fed if fed.dtype is dtype else fed.to(dtype)
+
+    def _find(
+        self,
+        rule: DirectRule,
+        error: OutputError,
+        index: int,
+        shape: torch.Size,
+        e_shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Route, Tensor]:
+        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order)
+        found = self._routes.get(key)
+        if found is None:
+            found = self._routes[key] = self._route(rule, error, index, shape, e_shape, dtype, device)
+        return found
+
+    def forget_routes(self) -> None:
+        """Drop feedback made so far; what is needed will be made again."""
+        self._routes = {}
+        self._last_key = None
 
     @property
     def order(self) -> Reading | None:
@@ -360,6 +396,8 @@ class LayerState:
         if route.reading is not None:
             self.reading = route.reading
             wiring.readings.add(route.reading)
+            for state in wiring.layers.values():  # what one layer shows may decide what another's shapes mean
+                state._last_key = None
         if route.ambiguous is not None:
             make = f"{type(rule).__name__}(layout='sequence_first')"
             wiring.warn_once(
