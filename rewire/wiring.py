@@ -147,7 +147,8 @@ class Wiring:
             self.outputs = outputs
             self.errors = {name: e for name, e in self.errors.items() if name in outputs}
             for state in self.layers.values():
-                state._routes, state.shapes = {}, {}
+                state.forget_routes()
+                state.shapes = {}
 
     def _settle_scales(self) -> None:
         """Scale each measured layer's feedback so that it is as large as what backprop handed back."""
@@ -229,8 +230,8 @@ class LayerState:
         self.steady = False
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
-        self._last_key: tuple[Any, ...] | None = None
-        self._last: Any = None
+        # One attribute, read once and written once: threads may run backward side by side.
+        self._last: tuple[tuple[Any, ...], Route, Tensor] | None = None
         self.reading: Reading | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
 
@@ -240,7 +241,6 @@ class LayerState:
             **self.__dict__,
             "_random": {},
             "_routes": {},
-            "_last_key": None,
             "_last": None,
             "local": None,
             "observer": None,
@@ -326,13 +326,12 @@ class LayerState:
             return torch.zeros(shape, dtype=dtype, device=device)
         # Nearly every call is like the one before it.
         key = (rule, error.state, index, shape, signal.shape, dtype, device)
-        route: Route
-        feedback: Tensor
-        if key == self._last_key:
-            route, feedback = self._last
+        last = self._last
+        if last is not None and last[0] == key:
+            _, route, feedback = last
         else:
             route, feedback = self._find(rule, error, index, shape, signal.shape, dtype, device)
-            self._last_key, self._last = key, (route, feedback)
+            self._last = key, route, feedback
         fed = route(signal, feedback)
         return fed if fed.dtype is dtype else fed.to(dtype)
 
@@ -355,7 +354,7 @@ class LayerState:
     def forget_routes(self) -> None:
         """Drop feedback made so far; what is needed will be made again."""
         self._routes = {}
-        self._last_key = None
+        self._last = None
 
     @property
     def order(self) -> Reading | None:
@@ -397,7 +396,7 @@ class LayerState:
             self.reading = route.reading
             wiring.readings.add(route.reading)
             for state in wiring.layers.values():  # what one layer shows may decide what another's shapes mean
-                state._last_key = None
+                state._last = None
         if route.ambiguous is not None:
             make = f"{type(rule).__name__}(layout='sequence_first')"
             wiring.warn_once(

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import gc
 import itertools
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -862,6 +863,25 @@ def test_two_threads_of_backward_through_one_model(rule):
         losses = [LOSS(model(x)) for x in xs]
         in_threads(*[loss.backward for loss in losses])
         check(model, add(*(expected(model, rule, x, error(LOSS, output(model, x))) for x in xs)))
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+def test_two_threads_of_backward_with_different_batches(rule):
+    """Nothing that one pass looks up may leak into another, wherever Python switches threads."""
+    model = ready(rule, later=True)
+    sizes = [(2 + i % 3, i) for i in range(12)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(8):
+            model.zero_grad()
+            batches = [(randn(n, 5, seed=i), cross_entropy(torch.arange(n) % 4)) for n, i in sizes]
+            jobs = [loss_of(model(x)).backward for x, loss_of in batches]
+            in_threads(*[lambda part=jobs[k::4]: [job() for job in part] for k in range(4)])
+            wanted = [expected(model, rule, x, error(loss_of, output(model, x))) for x, loss_of in batches]
+            check(model, add(*wanted))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @RULES
