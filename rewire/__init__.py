@@ -1,5 +1,6 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
+from rewire import functional
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
@@ -20,6 +21,7 @@ __all__ = [
     "Rule",
     "convert",
     "feedback",
+    "functional",
     "output_error",
     "register_rule",
     "restore",
