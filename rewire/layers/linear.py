@@ -32,13 +32,8 @@ class Linear(Kind):
         return operations.linear(x, weight, bias, backward.random(weight), backward.combine, backward.keep)
 
 
-class TransposedLinear(Kind):
+class TransposedLinear(Linear):
     """x (*, in), W (in, out) -> y (*, out)."""
-
-    title = "linear"
-
-    def axis(self, dims: int) -> int:
-        return -1
 
     def run(
         self,
