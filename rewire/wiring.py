@@ -83,6 +83,10 @@ class Wiring:
             self._warned.add(key)
             warnings.warn(message, RewireWarning, stacklevel=2)
 
+    def warned_like(self, other: Wiring) -> None:
+        """Take for said what a copy has said."""
+        self._warned |= other._warned
+
     def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> None:
         """The gradient at the output of ``state`` is here: the output error, or a hidden layer's own.
 

@@ -1,0 +1,254 @@
+"""What each rule says is handed back, computed again with as little as possible of the code that is checked.
+
+The equations of the rules that come with the library are written down once more, and the common ways of an error
+to an input are plain products; for rules of one's own, and shapes that have to be interpreted, the rule and
+:func:`rewire.routing.plan` are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from rewire.diagnose.watch import Place, Randomness, Seen
+from rewire.errors import RoutingError
+from rewire.feedback import standard_normal
+from rewire.routing import plan
+from rewire.rules.base import DirectRule, LocalRule, Rule
+from rewire.rules.direct import DFA, SDFA, Shallow
+from rewire.rules.local import BRSF, FA, FRSF, USF
+from rewire.targets import current_targets
+from rewire.wiring import LayerState
+
+# -- direct rules --------------------------------------------------------------------------------------
+
+_SIGNALS: dict[type[Rule], Callable[[Tensor], Tensor]] = {
+    DFA: lambda e: e,
+    SDFA: lambda e: (e > 0).to(e.dtype) - (e < 0).to(e.dtype),
+    Shallow: lambda e: e * 0,
+}
+
+
+def signal(rule: DirectRule, e: Tensor, axis: int) -> Tensor:
+    """What ``rule`` projects."""
+    ours = _SIGNALS.get(type(rule))
+    return rule.signal(e, current_targets(), axis) if ours is None else ours(e)
+
+
+def fed_back(
+    state: LayerState, rule: DirectRule, place: Place, output: LayerState, sent: Tensor, B: Tensor
+) -> Tensor | None:
+    """``sent B`` as a gradient for the input at ``place``; None if there is no way."""
+    axes = state.kind.axis(place.x.dim()), output.kind.axis(sent.dim())
+    sent = sent.to(B.dtype)
+    if rule.layout != "sequence_first" and not (state.order and any(state.order)):
+        plain = _plainly(sent, B, place.x.shape, axes)
+        if plain is not None:
+            return plain.to(place.x.dtype)
+    above = output.rule
+    try:
+        route = plan(
+            tuple(place.x.shape),
+            axes[0],
+            tuple(sent.shape),
+            axes[1],
+            structure=state.wiring.structure,
+            layout=rule.layout,
+            e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
+            seen=state.order,
+        )
+    except RoutingError:
+        return None
+    return route(sent, B).to(place.x.dtype)
+
+
+def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tensor | None:
+    """The ways that need no interpretation of shapes."""
+    batch = x[0] == e.shape[0] > 1
+    if axes == (-1, -1) and B.dim() == 2 and batch:
+        if len(x) == e.dim() == 2:
+            return torch.einsum("bn,nf->bf", e, B)
+        if len(x) == e.dim() == 3 and x[:2] == e.shape[:2] and x[0] != x[1]:
+            return torch.einsum("btn,nf->btf", e, B)
+        if len(x) == 3 and e.dim() == 2 and x[0] != x[1]:
+            return torch.einsum("bn,nf->bf", e, B)[:, None].expand(x)
+    if axes[0] == 1 and batch:
+        if e.dim() == 2 and axes[1] == -1:
+            fed = torch.einsum("bn,nf->bf", e, B.flatten(1))
+            return fed.reshape(x) if B.dim() > 2 else fed.reshape(*fed.shape, *(1,) * (len(x) - 2)).expand(x)
+        if axes[1] == 1 and e.shape[2:] == x[2:] and B.dim() == 2:
+            return torch.einsum("bn...,nf->bf...", e, B)
+    return None
+
+
+# -- local rules ---------------------------------------------------------------------------------------
+
+# (W, R, s) -> B
+_BACKWARD: dict[type[Rule], Callable[[Tensor, Tensor, float], Tensor]] = {
+    FA: lambda W, R, s: R,
+    USF: lambda W, R, s: s * W.sign(),
+    BRSF: lambda W, R, s: R.abs() * W.sign(),
+    FRSF: lambda W, R, s: R.abs() * W.sign(),
+}
+
+
+def backward_weight(state: LayerState, W: Tensor, draw: int) -> Tensor:
+    """B of a local rule for the weight of one call."""
+    rule = state.rule
+    if not isinstance(rule, LocalRule):
+        return W
+    s = state.local_scale(W)
+    number = draw if rule.redraw else 0
+    R = s * standard_normal(W.shape, seed=state.wiring.seed, name=state.name, draw=number)
+    R = R.to(W.device, W.dtype)
+    ours = _BACKWARD.get(type(rule))
+    if ours is not None:
+        return ours(W, R, s)
+    return rule.backward_weight(W if rule.uses_weight else None, R if rule.random else None, s)
+
+
+class Local(TorchFunctionMode):
+    """Computes what a local rule hands back, beside the forward of the reference pass.
+
+    A layer's original forward is run once more on the same input, random numbers and buffers, with its operation
+    split in two: the value, without a gradient for its input, and a zero whose gradient is B's. Where another module
+    uses the weight directly the operation is all there is; that is what this is a mode for.
+
+    Args:
+        calls: of the converted model, with the gradients at their outputs.
+
+    Attributes:
+        weights: (W, B) of each layer's newest call.
+    """
+
+    def __init__(self, calls: Mapping[str, list[Seen]]) -> None:
+        super().__init__()
+        self.weights: dict[str, tuple[Tensor, Tensor]] = {}
+        self._left = {name: list(seen) for name, seen in calls.items()}
+        self._direct: tuple[Seen, torch.Size] | None = None
+
+    def before(self, call: Seen, module: nn.Module) -> None:
+        """To be called before ``module`` runs in the reference."""
+        left = self._left[call.name]
+        theirs = left.pop(0) if left else None
+        if theirs is None or theirs.delta is None or not theirs.places:
+            return
+        if isinstance(theirs.state.rule, DirectRule) or not theirs.state.kind.local:
+            return
+        shape = theirs.state.kind.look(module).shape
+        if theirs.state.functional:
+            self._direct = theirs, shape
+            return
+        parent: Any = getattr(type(module), "_rewired_from", type(module))
+        others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
+        buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        random = Randomness()
+        split = _Split(theirs, shape, others)
+        (args, kwargs), xs = _fresh(call.args, theirs)
+        ran, call.state.ran = call.state.ran, True  # a weight that is not taken for one another module uses
+        with torch.enable_grad(), _saving_for_itself(), split:
+            y = parent.forward(module, *args, **kwargs)
+        call.state.ran = ran
+        random.put_back()
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+        if split.found is not None:
+            self.weights[call.name] = split.found
+            _expect(theirs, y, xs)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._direct is not None and func in _WEIGHT_AT:
+            theirs, shape = self._direct
+            self._direct = None
+            weight = _argument(args, kwargs, *_WEIGHT_AT[func])
+            if weight.shape == shape:
+                W = weight.detach()
+                B = backward_weight(theirs.state, W, theirs.draw)
+                self.weights[theirs.name] = W, B
+                x = _argument(args, kwargs, *_INPUT_AT[func]).detach().requires_grad_()
+                fed_args, fed_kwargs = _replaced(args, kwargs, _INPUT_AT[func], x)
+                fed_args, fed_kwargs = _replaced(fed_args, fed_kwargs, _WEIGHT_AT[func], B)
+                with torch.enable_grad(), _saving_for_itself():
+                    _expect(theirs, func(*fed_args, **fed_kwargs), [x])
+        return func(*args, **kwargs)
+
+
+class _Split(TorchFunctionMode):
+    """Splits the operation with the layer's weight (or what its forward makes of it) in two."""
+
+    def __init__(self, theirs: Seen, shape: torch.Size, others: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.theirs, self.shape, self.others = theirs, shape, others
+        self.found: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weight = _argument(args, kwargs, *_WEIGHT_AT[func]) if func in _WEIGHT_AT else None
+        if weight is None or weight.shape != self.shape or any(weight is other for other in self.others):
+            return func(*args, **kwargs)
+        B = backward_weight(self.theirs.state, weight.detach(), self.theirs.draw)
+        self.found = weight.detach(), B
+        x = _argument(args, kwargs, *_INPUT_AT[func])
+        cut_args, cut_kwargs = _replaced(args, kwargs, _INPUT_AT[func], x.detach())
+        fed_args, fed_kwargs = _replaced(args, kwargs, _WEIGHT_AT[func], B)
+        fed = func(*fed_args, **fed_kwargs)
+        return func(*cut_args, **cut_kwargs) + (fed - fed.detach())
+
+
+def _saving_for_itself() -> Any:
+    """Keeps what is saved for backward here out of the books of a checkpoint around it."""
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    return hooks(lambda t: t, lambda t: t)
+
+
+def _fresh(args: Any, theirs: Seen) -> tuple[Any, list[Tensor]]:
+    """The arguments of a call with leaves in place of its inputs; and those."""
+    leaves, spec = tree_flatten(args)
+    xs = [leaves[place.leaf].clone().requires_grad_() for place in theirs.places]
+    for place, x in zip(theirs.places, xs, strict=True):
+        leaves[place.leaf] = x
+    return tree_unflatten(leaves, spec), xs
+
+
+def _expect(theirs: Seen, y: Tensor, xs: list[Tensor]) -> None:
+    assert theirs.delta is not None
+    with torch.enable_grad():
+        grads = torch.autograd.grad(y, xs, theirs.delta.to(y.dtype), allow_unused=True)
+    for place, x, grad in zip(theirs.places, xs, grads, strict=True):
+        theirs.expected[place.leaf] = torch.zeros_like(x) if grad is None else grad
+
+
+Where = tuple[int, str]  # position and name of an argument
+
+_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_INPUT_AT: dict[Any, Where] = {**dict.fromkeys(_FUNCTIONS, (0, "input")), torch.addmm: (1, "mat1")}
+_WEIGHT_AT: dict[Any, Where] = {**dict.fromkeys(_FUNCTIONS, (1, "weight")), torch.addmm: (2, "mat2")}
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return args[position] if position < len(args) else kwargs[name]
+
+
+def _replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], where: Where, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another value at ``where``."""
+    position, name = where
+    new_args, new_kwargs = list(args), dict(kwargs)
+    if position < len(args):
+        new_args[position] = value
+    else:
+        new_kwargs[name] = value
+    return tuple(new_args), new_kwargs

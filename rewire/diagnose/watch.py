@@ -1,0 +1,284 @@
+"""Watching one pass of a model from outside: what each layer was given, and what came back.
+
+Ordinary hooks, and nothing of the library's own machinery: a layer is given a clone of its input, whose gradient
+is then exactly what the layer hands back, and its output is cloned too, so that it has a place of its own on the
+graph. The watched pass can be run backwards again with other gradients put in the place of what was handed back.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from rewire.passes import backward_id
+from rewire.preview import call as call_model
+from rewire.swap import state_of
+from rewire.wiring import LayerState
+
+Node = torch.autograd.graph.Node
+Gradients = dict[str, Tensor | None]
+
+
+class Randomness:
+    """The random numbers a pass may draw: PyTorch's on every device, Python's and NumPy's."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        initialised: Callable[[], bool] = torch.cuda.is_initialized
+        self.cuda = torch.cuda.get_rng_state_all() if initialised() else []
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+
+    def put_back(self) -> None:
+        """Everything draws the same numbers again."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy. Results of earlier passes that a module keeps (an auxiliary loss, say) are copied as values."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        kept = {name: value for name, value in vars(module).items() if name != "_modules"}
+        for value in tree_leaves(kept):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+class Buffers:
+    """The buffers of a model, to be put back before each pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+    def put_back(self) -> None:
+        """Undo what passes did to them in place."""
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                kept = self.kept.get(name)
+                if kept is not None and kept.shape == buffer.shape:
+                    buffer.copy_(kept)
+
+
+@dataclass(eq=False)
+class Place:
+    """One input of one call that gets a gradient.
+
+    Attributes:
+        leaf: which of the call's flattened arguments it is.
+        index: which of those that need a gradient.
+        x: its value.
+        node: its graph node.
+        shared: the same for places whose gradient is one tensor's (``skip="cut"``); else the place itself.
+        handed: what came back in the newest backward.
+        put: what to pass on in place of that; None to leave it.
+    """
+
+    leaf: int
+    index: int
+    x: Tensor
+    node: Node | None
+    shared: object
+    handed: Tensor | None = None
+    put: Tensor | None = None
+
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        self.handed = gradient.detach().clone()
+        return self.put
+
+
+@dataclass(eq=False)
+class Seen:
+    """One call of one layer.
+
+    Attributes:
+        name: of the layer.
+        args: (args, kwargs) it was given, detached.
+        places: its inputs that get a gradient.
+        outputs: its outputs that have a gradient, on the graph.
+        deltas: the gradients there in the newest backward.
+        draw: number of the redraw its rule made, for rules that redraw.
+        expected: what a local rule says is handed back, by argument; empty if it was not computed.
+    """
+
+    name: str
+    state: LayerState
+    args: Any
+    places: list[Place] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    deltas: list[Tensor | None] = field(default_factory=list)
+    draw: int = 0
+    expected: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def delta(self) -> Tensor | None:
+        """The gradient at its (first) output."""
+        return next((delta for delta in self.deltas if delta is not None), None)
+
+    @property
+    def sources(self) -> list[Node]:
+        """Graph nodes of its inputs."""
+        return [place.node for place in self.places if place.node is not None]
+
+
+class Pass:
+    """One forward of a model, and as many backwards as wanted.
+
+    Args:
+        layers: the layers to watch, by name.
+        cut: those whose inputs are walls (``skip="cut"``): watched without a clone, which would be behind the wall.
+        beside: called as ``beside(call, module)`` before the layer runs.
+
+    Attributes:
+        calls: by layer name, in the order of the forward.
+        loss: what ``loss_fn`` gave.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        inputs: Any,
+        loss_fn: Callable[[Any], Tensor],
+        cut: Container[str] = (),
+        beside: Callable[[Seen, nn.Module], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.calls: dict[str, list[Seen]] = {name: [] for name in layers}
+        self._names = {module: name for name, module in layers.items()}
+        self._running: dict[nn.Module, list[Seen]] = {module: [] for module in layers.values()}
+        self._cut = cut
+        self._beside = beside
+        with self._watched(layers.values()):
+            self.loss = loss_fn(call_model(model, inputs))
+
+    def __iter__(self) -> Iterator[Seen]:
+        return (call for calls in self.calls.values() for call in calls)
+
+    def backward(
+        self, roots: Iterable[Tensor] | None = None, gradients: Iterable[Tensor] | None = None, *, last: bool = False
+    ) -> Gradients:
+        """Run backwards, from the loss or from ``roots``; the parameters' gradients by name."""
+        for call in self:
+            call.deltas = [None] * len(call.outputs)
+            for place in call.places:
+                place.handed = None
+        run: Callable[..., None] = torch.autograd.backward
+        run([self.loss] if roots is None else list(roots), gradients and list(gradients), retain_graph=not last)
+        if last:
+            self.loss = self.loss.detach()
+            for call in self:
+                call.outputs = [y.detach() for y in call.outputs]
+                for place in call.places:
+                    place.node = None
+        return take_gradients(self.model)
+
+    # -- hooks ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        hooks: list[Any] = []
+        states: list[LayerState] = []
+        for module in layers:
+            # Last to see the input and first to see the output: whatever the user's own hooks do is outside.
+            hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._after, with_kwargs=True, prepend=True))
+            state = state_of(module)
+            if state is not None:
+                states.append(state)
+                state.observer = (self._before, self._after)  # for weights that another module uses directly
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for state in states:
+                state.observer = None
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if backward_id() != -1:
+            return args, kwargs  # checkpointing: the same call once more
+        state = state_of(module)
+        assert state is not None
+        leaves, spec = tree_flatten((args, kwargs))
+        call = Seen(self._names[module], state, None)
+        kept: list[Any] = list(leaves)
+        walls = call.name in self._cut
+        for i, x in enumerate(leaves):
+            if not isinstance(x, Tensor):
+                continue
+            kept[i] = x.detach()
+            if not x.requires_grad:
+                continue
+            place = Place(i, len(call.places), kept[i], x.grad_fn, None)
+            place.shared = place
+            if walls and x.grad_fn is not None:
+                # Its whole gradient is what is fed back, to all layers that take it. Hooked after the layer ran, so
+                # behind the wall, which is a hook too.
+                place.shared = (id(x.grad_fn), x.output_nr)
+                call.outputs.append(x)
+            else:
+                # The layer alone uses the clone, so its gradient is what the layer hands back.
+                x = leaves[i] = x.clone()
+                place.x = kept[i] = x.detach()
+                place.node = x.grad_fn
+                _hook(x, place)
+            call.places.append(place)
+        call.args = tree_unflatten(kept, spec)
+        self._running[module].append(call)
+        if self._beside is not None:
+            self._beside(call, module)
+        return tree_unflatten(leaves, spec)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if backward_id() != -1:
+            return output
+        call = self._running[module].pop()
+        walled = [place for place in call.places if place.shared is not place]
+        for place, x in zip(walled, call.outputs, strict=True):
+            _hook(x, place)
+        call.outputs = []
+        call.draw = call.state.draws
+        self.calls[call.name].append(call)
+        leaves, spec = tree_flatten(output)
+        for i, y in enumerate(leaves):
+            if isinstance(y, Tensor) and y.requires_grad:
+                if not call.state.functional:  # what is returned to an observer is not passed on
+                    y = leaves[i] = y.clone()
+                call.outputs.append(y)
+                _hook(y, _put(call, len(call.outputs) - 1))
+        call.deltas = [None] * len(call.outputs)
+        return tree_unflatten(leaves, spec)
+
+
+def _put(call: Seen, index: int) -> Callable[[Tensor], None]:
+    def hook(gradient: Tensor) -> None:
+        call.deltas[index] = gradient.detach().clone()
+
+    return hook
+
+
+def _hook(t: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    register: Callable[..., Any] = t.register_hook
+    register(hook)
+
+
+def take_gradients(model: nn.Module) -> Gradients:
+    """The gradients of all parameters by name; the model's own are dropped."""
+    found: Gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
