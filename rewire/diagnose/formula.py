@@ -46,6 +46,8 @@ def fed_back(
 ) -> Tensor | None:
     """``sent B`` as a gradient for the input at ``place``; None if there is no way."""
     axes = state.kind.axis(place.x.dim()), output.kind.axis(sent.dim())
+    if B.shape[0] != sent.shape[axes[1]]:
+        return None
     sent = sent.to(B.dtype)
     if rule.layout != "sequence_first" and not (state.order and any(state.order)):
         plain = _plainly(sent, B, place.x.shape, axes)
@@ -65,12 +67,14 @@ def fed_back(
         )
     except RoutingError:
         return None
-    return route(sent, B).to(place.x.dtype)
+    return route(sent, B).to(place.x.dtype) if B.shape == route.feedback_shape else None
 
 
 def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tensor | None:
     """The ways that need no interpretation of shapes."""
     batch = x[0] == e.shape[0] > 1
+    if B.shape[1] != x[axes[0]]:
+        return None
     if axes == (-1, -1) and B.dim() == 2 and batch:
         if len(x) == e.dim() == 2:
             return torch.einsum("bn,nf->bf", e, B)
@@ -80,6 +84,8 @@ def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tens
             return torch.einsum("bn,nf->bf", e, B)[:, None].expand(x)
     if axes[0] == 1 and batch:
         if e.dim() == 2 and axes[1] == -1:
+            if B.dim() > 2 and B.shape[1:] != x[1:]:
+                return None
             fed = torch.einsum("bn,nf->bf", e, B.flatten(1))
             return fed.reshape(x) if B.dim() > 2 else fed.reshape(*fed.shape, *(1,) * (len(x) - 2)).expand(x)
         if axes[1] == 1 and e.shape[2:] == x[2:] and B.dim() == 2:

@@ -174,6 +174,13 @@ class _Verify:
     def result(self) -> Verification:
         """Run everything."""
         title = type(self.model).__name__
+        lost = {n: m for n, m in _layers(self.model).items() if not hasattr(type(m), "_rewired_from")}
+        if lost:
+            self.modules = _layers(self.model)
+            self.states = {name: _state(module) for name, module in self.modules.items()}
+            return Verification(
+                title, [self._lost(name, module, name in lost) for name, module in self.modules.items()]
+            )
         try:
             self.ours, gradients = self._as_converted()
         except RoutingError as problem:
@@ -262,7 +269,11 @@ class _Verify:
                 self.wrong.setdefault(name, "the gradient at its output is not what plain autograd brings there")
         del model, modules, theirs.model
 
-        model = restore(copy_of(self.model))
+        model = copy_of(self.model)
+        try:
+            restore(model)
+        except ConversionError:  # a class of somebody else's on top, of a parametrization for instance
+            return
         take_gradients(model)
         off = self._differ(plain, self._plainly(model))
         self._blame(off, "switched to 'bp', its parameters do not get plain backprop's gradient")
@@ -305,6 +316,10 @@ class _Verify:
             status, note = (UNROUTED, str(problem)) if here else (NOT_RUN, "the pass broke off")
             reports.append(self._report(name, module, status, note))
         return reports
+
+    def _lost(self, name: str, module: nn.Module, lost: bool) -> LayerReport:
+        gone = f"its class is {type(module).__name__} again: something took the rule off"
+        return self._report(name, module, *((WRONG, gone) if lost else (NOT_RUN, "no pass was run")))
 
     def _report(self, name: str, module: nn.Module, status: str, why: str, **more: Any) -> LayerReport:
         cls: type = getattr(type(module), "_rewired_from", type(module))
@@ -381,6 +396,8 @@ class _Verify:
                 return UNROUTED if direct else WRONG, "nothing was handed back"
             if as_backprop:
                 return WRONG, f"what was handed back is {_BACKPROP}"
+            if direct:
+                return WRONG, "feedback(model) does not fit the output error that comes here"
             return LIVE, "formula not recomputed: an operation that is not known"
         if not close(handed, expected):
             if not any(bool(h.any()) for h in handed):

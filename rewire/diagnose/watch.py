@@ -96,8 +96,8 @@ class Place:
     handed: Tensor | None = None
     put: Tensor | None = None
 
-    def __call__(self, gradient: Tensor) -> Tensor | None:
-        self.handed = gradient.detach().clone()
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        self.handed = None if gradient is None else gradient.detach().clone()  # a node may hand back nothing
         return self.put
 
 
@@ -265,14 +265,14 @@ class Pass:
         return tree_unflatten(leaves, spec)
 
 
-def _put(call: Seen, index: int) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        call.deltas[index] = gradient.detach().clone()
+def _put(call: Seen, index: int) -> Callable[[Tensor | None], None]:
+    def hook(gradient: Tensor | None) -> None:
+        call.deltas[index] = None if gradient is None else gradient.detach().clone()
 
     return hook
 
 
-def _hook(t: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+def _hook(t: Tensor, hook: Callable[[Tensor | None], Tensor | None]) -> None:
     register: Callable[..., Any] = t.register_hook
     register(hook)
 
