@@ -152,6 +152,11 @@ def call_at(y: Tensor) -> Call | None:
     return None if y.grad_fn is None else metadata(y.grad_fn).get(CALL)
 
 
+def call_sources(node: Node) -> Iterable[Node] | None:
+    """Where a look at what lies between calls ends: at calls, each of which looks further itself."""
+    return () if CALL in metadata(node) else None
+
+
 def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
     """All calls of layers of ``wiring`` on the way from the graph's leaves to ``sources``."""
     found: dict[int, Call] = {}

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
 from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, leave, upstream
+from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, upstream
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.targets import current_targets
+from rewire.uses import direct_uses
 from rewire.wiring import LayerState, Role
 
 Forward = Callable[..., Any]
@@ -34,6 +35,8 @@ def run(state: LayerState, module: nn.Module, forward: Forward, args: tuple[Any,
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
+    if state.role is Role.UNKNOWN:
+        state.wiring.note_weights(state, module)
     rule = state.rule
     if isinstance(rule, DirectRule):
         if _transforming():
@@ -204,6 +207,8 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     wiring = state.wiring
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
+    if state.role is Role.UNKNOWN:
+        wiring.used_directly.update(direct_uses(call.sources, call_sources))
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
     for feeder in [call, *feeders]:

@@ -168,6 +168,8 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
         notes.append("kept on backprop")
     if state.active and not state.ran and any(other.ran for other in state.wiring.layers.values()):
         notes.append("its forward has not run")
+    if state.bypassed:
+        notes.append("its weight is also used directly, where the rule has no effect")
     if not any(p.requires_grad for p in module.parameters(recurse=False)):
         notes.append("frozen")
     return Row(name, kind, repr(rule), state.role.value, shape, size, scale, "; ".join(notes), converted=True)

@@ -46,6 +46,7 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
+        used_directly: parameters that met an activation outside of any layer, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
     """
 
@@ -67,11 +68,13 @@ class Wiring:
         self.layers: dict[str, LayerState] = {}
         self.errors: dict[str, Tensor] = {}
         self.unsettled = False
+        self.used_directly: set[Tensor] = set()
         self.readings: set[Reading] = set()
         self._warned: set[str] = set()
+        self._weights: dict[Tensor, LayerState] = {}  # between a first pass and the next forward
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}}
+        return {**self.__dict__, "errors": {}, "used_directly": set(), "_weights": {}}
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -86,6 +89,23 @@ class Wiring:
     def warned_like(self, other: Wiring) -> None:
         """Take for said what a copy has said."""
         self._warned |= other._warned
+
+    def note_weights(self, state: LayerState, module: nn.Module) -> None:
+        """In a first pass: which weights are those of layers that run."""
+        if state.kind.local:
+            self._weights.update({p: state for p in module.parameters() if p.dim() > 1})
+
+    def _warn_of_direct_uses(self) -> None:
+        for weight in self.used_directly:
+            state = self._weights.get(weight)
+            if state is not None and state.active:
+                state.bypassed = True
+                self.warn_once(
+                    f"used:{state.name}",
+                    f"layer {state.label} is converted to {state.rule!r} and runs, but its weight is used directly as "
+                    "well, by something that does not call it: there the rule has no effect",
+                )
+        self.used_directly, self._weights = set(), {}
 
     def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> None:
         """The gradient at the output of ``state`` is here: the output error, or a hidden layer's own.
@@ -135,6 +155,7 @@ class Wiring:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
         self._forget_hidden_outputs()
         self._settle_scales()
+        self._warn_of_direct_uses()
         for state in self.layers.values():
             state.refresh()
             if state.active and not state.ran:
@@ -200,6 +221,7 @@ class LayerState:
         scale_note: where the scale comes from.
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: it has run with gradients on.
+        bypassed: it runs, and its weight is used elsewhere in a way its rule has no say in.
         functional: another module uses its weight directly; its own forward does not run.
         observer: called before and after each functional use, as forward hooks are around a forward.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
@@ -221,6 +243,7 @@ class LayerState:
         self.std = std
         self.std_note = ""
         self.ran = False
+        self.bypassed = False
         self.functional = False
         self.observer: tuple[Any, Any] | None = None
         self.seen = False

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from rewire.diagnose.watch import Node, Pass, Seen
+from rewire.uses import direct_uses
 
 
 class Flow:
@@ -47,7 +46,11 @@ class Flow:
             self.only &= len(found) == len(first)
             outputs += found
         self.outputs = outputs
-        self.uses = self._direct_uses(roots, weights)
+        met = {
+            id(weight)
+            for weight in direct_uses(roots, lambda node: self._at[node].sources if node in self._at else None)
+        }
+        self.uses = {name for name, tensors in weights.items() if any(id(t) in met for t in tensors)}
 
     def downstream(self, call: Seen) -> list[Seen]:
         """The output calls of the same conversion that ``call`` feeds, itself included."""
@@ -71,64 +74,3 @@ class Flow:
                 if not stop(call):
                     stack.extend(call.sources)
         return list(found)
-
-    def _direct_uses(self, roots: Iterable[Node], weights: Mapping[str, Iterable[Tensor]]) -> set[str]:
-        """Layers whose weight meets an activation in a product that is not part of a call."""
-        owners: dict[int, set[str]] = {}
-        for name, tensors in weights.items():
-            for tensor in tensors:
-                owners.setdefault(id(tensor), set()).add(name)
-        known: dict[Node, _Made] = {}
-        used: set[str] = set()
-        stack = list(roots)
-        while stack:
-            node = stack[-1]
-            call = self._at.get(node)
-            if node in known:
-                stack.pop()
-            elif call is not None:
-                known[node] = _Made(frozenset(), call=True, other=False)
-                stack.extend(call.sources)
-            else:
-                parents = [parent for parent, _ in node.next_functions if parent is not None]
-                waiting = [parent for parent in parents if parent not in known]
-                if waiting:
-                    stack.extend(waiting)
-                    continue
-                made = [known[parent] for parent in parents]
-                known[node] = _made(node, made, owners)
-                used.update(*_met(node, made))
-        return used
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What the value of a node outside of calls is made of: weights of layers, outputs of calls, anything else."""
-
-    weights: frozenset[str]
-    call: bool
-    other: bool
-
-
-def _made(node: Node, parents: list[_Made], owners: Mapping[int, set[str]]) -> _Made:
-    variable = getattr(node, "variable", None)
-    if variable is not None:
-        mine = owners.get(id(variable))
-        return _Made(frozenset(mine or ()), call=False, other=mine is None and variable.numel() > 1)
-    weights: frozenset[str] = frozenset().union(*(p.weights for p in parents))
-    return _Made(weights, any(p.call for p in parents), any(p.other for p in parents))
-
-
-def _met(node: Node, parents: list[_Made]) -> Iterator[frozenset[str]]:
-    """Weights that meet an activation in ``node``: a penalty on weights is no use of them, and a sum is none."""
-    name = node.name().removesuffix("Backward0").removesuffix("Backward1")
-    own = isinstance(node, torch.autograd.function.BackwardCFunction)  # an operation of one's own may do anything
-    if name not in _PRODUCTS and name != "Mul" and not own:
-        return
-    for i, made in enumerate(parents):
-        others = parents[:i] + parents[i + 1 :]
-        if made.weights and not made.call and any(o.call or (o.other and name != "Mul") for o in others):
-            yield made.weights
-
-
-_PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Einsum")

@@ -245,6 +245,7 @@ class _Verify:
         self._pair(theirs)
 
         plain = theirs.backward()
+        self.reached = {call: other.delta is not None for call, other in self.calls.items()}
         self.plain = {place: _filled(other) for place, other in self.twins.items()}
         weights = {
             name: [p for p in module.parameters() if p.dim() > 1]
@@ -348,6 +349,8 @@ class _Verify:
         if not calls and used:
             unknown = "its weight is used by another module in a way that is not known; its forward never ran"
             return say((DEAD if state.active else ON_BACKPROP, unknown))
+        if any(call.delta is None and self.reached.get(call) for call in calls):
+            return say((UNROUTED, "backprop brings its output a gradient, and under the rules none came"))
         if not ran and not used:
             why = "ran, but the loss does not depend on it" if calls else "did not run in this pass"
             return say((WRONG, wrong) if wrong else (NOT_RUN, why))
