@@ -27,6 +27,9 @@ from rewire.edges import eager
 # (W as kept for backward or None, R or None) -> B
 Combine = Callable[[Tensor | None, Tensor | None], Tensor]
 
+# (W or None, R or None) -> (x -> f(x, B))
+Mirrored = Callable[[Tensor | None, Tensor | None], Callable[[Tensor], Tensor]]
+
 _aten = torch.ops.aten
 
 
@@ -106,6 +109,39 @@ class _Convolution(Function):
         backward_weight = ctx.combine(weight, random) if needs[0] else weight
         dx, dw, db = _aten.convolution_backward(delta, x, backward_weight, ctx.bias_size, *ctx.geometry, needs)
         return dx, dw, db, None, None, None, None
+
+
+class _Mirror(Function):
+    """y = f(x.detach(), W), x -> y; backward: delta goes on to y, and to x by f with another weight.
+
+    For any f that is linear in x. ``make(W or None, R or None)`` gives x -> f(x, B).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, weight: Tensor, random: Tensor | None, make: Mirrored, keep: bool) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, weight, random, ctx.make, keep = inputs
+        ctx.like = (x.shape, x.dtype, x.device)
+        ctx.save_for_backward(weight if keep else None, random)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        shape, dtype, device = ctx.like
+        dx = None
+        if ctx.needs_input_grad[1]:
+            with torch.enable_grad():  # f is linear in x: any x has the same derivative
+                x = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+                y = ctx.make(*ctx.saved_tensors)(x)
+                (dx,) = torch.autograd.grad(y, x, delta.to(y.dtype))
+        return delta, dx, None, None, None, None
+
+
+mirror: Callable[..., Tensor] = _Mirror.apply
 
 
 def _joined(function: type[Function]) -> type[Function]:

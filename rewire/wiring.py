@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from enum import Enum
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
-from rewire.routing import Reading, Route, plan
+from rewire.routing import Reading, Route, route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 
 
@@ -46,6 +47,7 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
+        looked: a pass has been taken in: uses of weights by other modules have been seen.
         readings: orders of sequence and batch dimension that passes have shown.
     """
 
@@ -67,6 +69,7 @@ class Wiring:
         self.layers: dict[str, LayerState] = {}
         self.errors: dict[str, Tensor] = {}
         self.unsettled = False
+        self.looked = False
         self.readings: set[Reading] = set()
         self._warned: set[str] = set()
 
@@ -126,6 +129,7 @@ class Wiring:
         the first forward did; so nothing changes before the pass is over.
         """
         self.unsettled = False
+        self.looked = True
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
@@ -133,12 +137,6 @@ class Wiring:
         self._settle_scales()
         for state in self.layers.values():
             state.refresh()
-            if state.active and not state.ran:
-                self.warn_once(
-                    f"ran:{state.name}",
-                    f"layer {state.label} is converted to {state.rule!r}, but its forward did not run in the first "
-                    "training pass: if its weight is used by another module directly, the rule has no effect there",
-                )
 
     def _forget_hidden_outputs(self) -> None:
         """A side loss came first: its layer is no output after all, and no feedback is named after it."""
@@ -196,8 +194,12 @@ class LayerState:
         scale_note: where the scale comes from.
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: it has run with gradients on.
-        functional: another module uses its weight directly; its own forward does not run.
-        observer: called before and after each functional use, as forward hooks are around a forward.
+        functional: another module uses its weight directly (:mod:`rewire.hosts`).
+        watched: such uses are, or may be, watched for.
+        layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
+        busy: threads in which it is running now.
+        observer: called before and after each such use, as forward hooks are around a forward.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: settled, hidden, under a direct rule, with nothing special: the short way through a call.
@@ -218,6 +220,9 @@ class LayerState:
         self.std_note = ""
         self.ran = False
         self.functional = False
+        self.watched = False
+        self.busy: set[int] = set()
+        self.lost = ""
         self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
@@ -233,6 +238,7 @@ class LayerState:
         # One attribute, read once and written once: threads may run backward side by side.
         self._last: tuple[tuple[Any, ...], Route, Tensor] | None = None
         self.reading: Reading | None = None
+        self.layout: str | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,6 +250,7 @@ class LayerState:
             "_last": None,
             "local": None,
             "observer": None,
+            "busy": set(),
             "used": None,
         }
 
@@ -277,7 +284,33 @@ class LayerState:
         known = self.role is not Role.UNKNOWN
         direct = isinstance(self.rule, DirectRule)
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
-        self.steady = self.settled and direct and self.role is Role.HIDDEN and self.wiring.skip == "keep"
+        self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
+        hidden = self.settled and direct and self.role is Role.HIDDEN
+        self.steady = hidden and self.wiring.skip == "keep" and not self.watched
+
+    def running(self) -> bool:
+        """Whether it is running now, in this thread."""
+        return get_ident() in self.busy
+
+    def index_of(self, view: Tensor, weight: Tensor) -> int:
+        """Number of the input that meets ``view`` of ``weight``: 0 for all of it, else 1 + the row it begins with.
+
+        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own.
+        """
+        if view is weight or view.shape == weight.shape:
+            return 0
+        return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+
+    def dead(self, use: str) -> None:
+        """Its weight was used in a way the rule cannot be applied to; ``use`` says who used it how."""
+        self.lost = use
+        if self.active:
+            self.wiring.warn_once(
+                f"dead:{self.name}",
+                f"layer {self.label} is converted to {self.rule!r}, but {use}, which the rule cannot be applied to: "
+                f"what is handed back there is backprop's. Say so with layers={{{self.name!r}: 'bp'}}, or feed the "
+                "module around it back as one, blocks=[...]",
+            )
 
     def set_scale(self, scale: float, note: str) -> None:
         """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""
@@ -376,7 +409,7 @@ class LayerState:
         wiring = self.wiring
         above = error.state.rule
         try:
-            route = plan(
+            route = route_to(
                 tuple(shape),
                 self.kind.axis(len(shape)),
                 tuple(e_shape),
@@ -385,6 +418,7 @@ class LayerState:
                 layout=rule.layout,
                 e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
                 seen=self.order,
+                hint=self.layout,
             )
         except RoutingError as problem:
             raise RoutingError(

@@ -25,9 +25,9 @@ from rewire.errors import ConversionError, RoutingError
 from rewire.layers.own_forward import OwnForward
 from rewire.passes import Call, call_at
 from rewire.preview import call as call_model
-from rewire.routing import plan
+from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule
-from rewire.swap import state_of
+from rewire.swap import state_of, states_of
 from rewire.wiring import LayerState, Role
 
 LIVE = "live"
@@ -132,16 +132,15 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
     Example:
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
-    if not any(state_of(module) is not None for module in model.modules()):
+    if not _states(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     with torch.random.fork_rng(), torch.enable_grad():
         random = torch.get_rng_state()
         twin = copy.deepcopy(model)
         try:
             for _ in range(2):  # roles, then scales: a layer that waited for the first may need the second
-                if not all(s.settled for s in _states(twin).values() if s.ran) or not any(
-                    s.ran for s in _states(twin).values()
-                ):
+                ran = [state for _, state in _states(twin) if state.ran]
+                if not ran or not all(state.settled for state in ran):
                     _backward(loss_fn(call_model(twin, inputs)))
                     feedback(twin)  # takes in what the pass has shown
             torch.set_rng_state(random)
@@ -166,15 +165,18 @@ class _Seen:
     handed: list[Tensor | None]  # what came back for each
     output: Tensor | None = None
     delta: Tensor | None = None  # gradient at its output
+    again: Callable[[Tensor], Callable[[Tensor], Any]] | None = None  # weight -> (x -> y), for a use of the weight
+    index: int = 0  # number of its first input
+    made: bool = False  # the weight used was made of the layer's own, which the other module alone knows how
     note: Call | None = None  # what the library left on the graph: which output layers are downstream
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(state.name, module) for module, state in _states(model).items()]
+    return [(state.name, module) for module, state in _states(model)]
 
 
-def _states(model: nn.Module) -> dict[nn.Module, LayerState]:
-    return {module: state for module in model.modules() if (state := state_of(module)) is not None}
+def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
+    return [(module, state) for module in model.modules() for state in states_of(module)]
 
 
 def _watch(
@@ -182,14 +184,25 @@ def _watch(
 ) -> dict[str, list[_Seen]]:
     """One forward and backward of ``model``; every call of every converted layer (or of ``names``)."""
     watched = (
-        {module: name for name, module in _named(model)}
+        {module: state.name for module in model.modules() if (state := state_of(module)) is not None}
         if names is None
         else {module: name for name, module in model.named_modules() if name in names}
     )
     seen: dict[str, list[_Seen]] = {name: [] for name in watched.values()}
-    running: dict[nn.Module, list[_Seen]] = {module: [] for module in watched}
+    states = [state for module in model.modules() for state in states_of(module)] if names is None else []
+    seen |= {state.name: [] for state in states}
+    running: dict[str, list[_Seen]] = {name: [] for name in seen}
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def use(state: LayerState, module: nn.Module, args: Any, kwargs: Any, again: Any, index: int, plain: bool) -> Any:
+        given = before(module, args, kwargs, state.name)
+        call = running[state.name][-1]
+        call.again, call.index, call.made = again, index, not plain
+        return given
+
+    def used(state: LayerState, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        after(module, args, kwargs, output, state.name)
+
+    def before(module: nn.Module, args: Any, kwargs: Any, name: str = "") -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         call = _Seen(None, [], [])
         kept: list[Any] = list(leaves)
@@ -203,12 +216,12 @@ def _watch(
                 call.inputs.append(kept[i])
                 call.handed.append(None)
         call.args = tree_unflatten(kept, spec)
-        running[module].append(call)
+        running[name or watched[module]].append(call)
         return tree_unflatten(leaves, spec)
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = running[module].pop()
-        seen[watched[module]].append(call)
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = "") -> None:
+        call = running[name or watched[module]].pop()
+        seen[name or watched[module]].append(call)
         y = next((t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.requires_grad), None)
         if y is None:
             return
@@ -217,9 +230,8 @@ def _watch(
         _hook(y, _put(found, 0, call))
         call.note = call_at(y)
 
-    states = [state for m in watched if (state := state_of(m)) is not None]
     for state in states:
-        state.observer = (before, after)  # for weights that another module uses directly
+        state.observer = (use, used)  # for weights that another module uses directly
     hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in watched]
     hooks += [m.register_forward_hook(after, with_kwargs=True) for m in watched]
     try:
@@ -260,13 +272,16 @@ def _reports(model: nn.Module, seen: dict[str, list[_Seen]], reference: dict[str
     deltas = {call.note: call.delta for calls in seen.values() for call in calls if call.note is not None}
     own = _own_gradients(model, seen)
     reports: list[LayerReport] = []
-    for module, state in _states(model).items():
+    for module, state in _states(model):
         calls = seen[state.name]
         kind = vars(type(module)).get("_rewired_from", type(module)).__name__
 
         def report(status: str, note: str = "", state: LayerState = state, kind: str = kind, **more: Any) -> None:
             reports.append(LayerReport(state.name, kind, repr(state.rule), status, note=note, **more))
 
+        if state.lost and state.active:
+            report(DEAD, state.lost)
+            continue
         if not calls:
             touched = any(p.grad is not None and bool(p.grad.any()) for p in module.parameters(recurse=False))
             if touched and not state.active:
@@ -294,7 +309,7 @@ def _reports(model: nn.Module, seen: dict[str, list[_Seen]], reference: dict[str
             handed.append(torch.zeros_like(call.inputs[index]) if got is None else got)
             expected.append(_formula(module, state, call, index, used, deltas))
             twin_calls = reference.get(state.name, [])
-            place = calls.index(call)
+            place = next(i for i, other in enumerate(calls) if other is call)
             other = twin_calls[place].handed[index] if place < len(twin_calls) else None
             plain.append(torch.zeros_like(call.inputs[index]) if other is None else other)
         backprop = _cosine(handed, plain)
@@ -335,10 +350,14 @@ def _formula(
     """What the rule says goes to input ``index`` of ``call``; None where it cannot be recomputed."""
     x, rule = call.inputs[index], state.rule
     if isinstance(rule, LocalRule):
-        if call.delta is None or (isinstance(state.kind, OwnForward) and not state.functional):
+        if call.delta is None or (isinstance(state.kind, OwnForward) and call.again is None):
             return None
+        weight = used[state.name].to(x.dtype)
+        if call.again is not None:
+            out, start = _again(call, weight)
+            return torch.autograd.grad(out, start, call.delta.to(out.dtype))[0]
         plain = _original(module)
-        _set_weight(plain, used[state.name].to(x.dtype))
+        _set_weight(plain, weight)
         return _gradients(plain, call, [x])[0]
     assert isinstance(rule, DirectRule)
     total = torch.zeros_like(x)
@@ -350,12 +369,13 @@ def _formula(
         if delta is None or any(deltas.get(note) is not None for note in deltas if set(note.own) & set(error.above)):
             continue
         signal = rule.signal(delta, error.targets, error.axis)
-        name = state.name if index == 0 else f"{state.name}#{index}"
+        number = index + call.index
+        name = state.name if number == 0 else f"{state.name}#{number}"
         B = used.get(f"{name}@{error.state.name}" if several else name, used.get(name))
         if B is None:
             return None
         axes = state.kind.axis(x.dim()), error.axis
-        route = plan(
+        route = route_to(
             tuple(x.shape),
             axes[0],
             tuple(delta.shape),
@@ -363,6 +383,7 @@ def _formula(
             structure=state.wiring.structure,
             layout=rule.layout,
             seen=state.order,
+            hint=state.layout,
         )
         total += route(signal, B).to(x.dtype)
     return total
@@ -374,6 +395,14 @@ def _original(module: nn.Module) -> nn.Module:
     for hooks in (plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks, plain._backward_pre_hooks):
         hooks.clear()
     return plain
+
+
+def _again(call: _Seen, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A use of a layer's weight with another weight, and its x."""
+    assert call.again is not None
+    x: Tensor = tree_flatten(call.args)[0][0].detach().requires_grad_()
+    y: Tensor = call.again(weight)(x)
+    return y, x
 
 
 def _set_weight(plain: nn.Module, weight: Tensor) -> None:
@@ -407,18 +436,26 @@ def _own_gradients(model: nn.Module, seen: dict[str, list[_Seen]]) -> dict[str, 
         for parameter in module.parameters(recurse=False):
             owners[parameter] = owners.get(parameter, 0) + 1
     exact: dict[str, bool] = {}
-    for module, state in _states(model).items():
+    for module, state in _states(model):
         mine = [(name, p) for name, p in module.named_parameters() if p.requires_grad and owners[p] == 1]
         if state.functional:  # who uses the weight may make a bias of its own for it
-            mine = [(name, p) for name, p in mine if name == "weight"]
+            mine = [(name, p) for name, p in mine if name == state.kind.parameter]
         calls = [call for call in seen[state.name] if call.delta is not None]
+        if any(call.made for call in calls):
+            continue
         if not mine or not calls or not state.kind.local:
             continue
         plain = _original(module)
         theirs = dict(plain.named_parameters())
         totals = {name: torch.zeros_like(p) for name, p in mine}
         for call in calls:
-            gradients = _gradients(plain, call, [theirs[name] for name, _ in mine])
+            wanted: list[Tensor] = [theirs[name] for name, _ in mine]
+            if call.again is not None:
+                y, _ = _again(call, wanted[0])
+                assert call.delta is not None
+                gradients = list(torch.autograd.grad(y, wanted, call.delta.to(y.dtype)))
+            else:
+                gradients = _gradients(plain, call, wanted)
             for (name, _), gradient in zip(mine, gradients, strict=True):
                 if gradient is not None:
                     totals[name] += gradient
@@ -450,7 +487,7 @@ def _show(cosine: float | None) -> str:
 
 def _unrouted(model: nn.Module, problem: RoutingError) -> Verification:
     reports = []
-    for module, state in _states(model).items():
+    for module, state in _states(model):
         kind = vars(type(module)).get("_rewired_from", type(module)).__name__
         status, note = (UNROUTED, str(problem)) if state.label in str(problem) else (NOT_RUN, "the pass broke off")
         reports.append(LayerReport(state.name, kind, repr(state.rule), status, note=note))
