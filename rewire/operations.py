@@ -167,7 +167,7 @@ _convolution: Callable[..., Tensor] = _Convolution.apply
 _eager_convolution = eager(_joined(_Convolution))
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """Whether a ``torch.func`` transform is active."""
     active: bool = torch._C._are_functorch_transforms_active()
     return active
@@ -184,7 +184,7 @@ def linear(
         keep: whether ``combine`` reads W; otherwise W is not kept and arrives as None.
     """
     x, weight, bias = _as_autocast(x, weight, bias)
-    function = _linear if _transforming() else _eager_linear
+    function = _linear if transforming() else _eager_linear
     return function(x, weight, bias, _like(random, weight), combine, keep)
 
 
@@ -210,7 +210,7 @@ def convolution(
     x, weight, bias = _as_autocast(x, weight, bias)
     batched = x.dim() == weight.dim()
     geometry = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
-    function = _convolution if _transforming() else _eager_convolution
+    function = _convolution if transforming() else _eager_convolution
     y = function(x if batched else x.unsqueeze(0), weight, bias, _like(random, weight), combine, keep, geometry)
     return y if batched else y.squeeze(0)
 
