@@ -15,7 +15,7 @@ from rewire.errors import ConversionError, nearest
 from rewire.layers.own_forward import OwnForward
 from rewire.rules import DirectRule, LocalRule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
-from rewire.swap import STATE, is_swapped, rewired_class, state_of, swap_in, swap_out
+from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
 from rewire.wiring import LayerState, Role, Wiring, weight_scale
 
 M = TypeVar("M", bound=nn.Module)
@@ -88,18 +88,23 @@ def convert(
         scale_of = _scales_given(choices, scale)
         states = [_state(choice, wiring, scale_of(choice)) for choice in choices]
         surrogates = _surrogates(model, derivative or {}, choices)
-        classes = [rewired_class(type(choice.module)) for choice in choices]
+        classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
         _put_back(earlier)
         raise
     for choice, cls, state in zip(choices, classes, states, strict=True):
         wiring.layers[choice.name] = state
-        swap_in(choice.module, cls, state)
+        if not choice.part:
+            swap_in(choice.module, cls, state)
+        elif states_of(choice.module):
+            states_of(choice.module).append(state)
+        else:
+            swap_in(choice.module, cls, Parts([state]))
     for module, surrogate_cls, surrogate in surrogates:
         swap_in(module, surrogate_cls, surrogate)
     for module in model.modules():
         hosts.remove(module)
-    hosts.attach(model, {choice.module: state for choice, state in zip(choices, states, strict=True)})
+    hosts.attach(model, {choice.module: states_of(choice.module) for choice in choices})
     return model
 
 
@@ -265,6 +270,8 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
             state.std, state.std_note = weight_scale(weight)
     if wiring.asked is not None and choice.name in wiring.asked:
         state.role = Role.OUTPUT
+    if choice.part or choice.within is not None:
+        state.functional = True  # given to the attention's function
     state.refresh()
     return state
 
@@ -314,7 +321,7 @@ def _put_back(taken: list[tuple[nn.Module, type[nn.Module], object]]) -> None:
 
 
 def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
-    found = [(module, state) for module in model.modules() if (state := state_of(module)) is not None]
+    found = [(module, state) for module in model.modules() for state in states_of(module)]
     if not found:
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     for wiring in {id(state.wiring): state.wiring for _, state in found}.values():

@@ -1,61 +1,104 @@
 """Layers whose weight another module uses directly, as in ``F.linear(x, self.qkv.weight)``.
 
-Their own forward never runs, and such a layer's rule would be dead without a word. So the module around each
-layer, its *host*, is watched in the first passes: while the host's forward runs, linear operations and
-convolutions that are given the layer's own weight are run as a call of that layer. A layer whose forward does
-run is no longer watched for, and a host without anything left to watch for loses its hooks: afterwards only
-hosts that do use a child's weight pay.
+Their own forward never runs there, and such a layer's rule would be dead without a word. So modules are watched
+in the first passes: while a *host*'s forward runs, every operation that is given a layer's own weight, or a view
+of it, is run as a call of that layer (:mod:`rewire.uses`). What cannot be run so is warned about, by name.
+
+After the first pass a host watches for no more than the weights it was seen using and, for a few calls more, for
+children that have not run yet; one with nothing left to watch for loses its hooks. So only modules that do use
+another's weight go on paying. ``nn.MultiheadAttention`` always does, and is watched by way of its class
+(:mod:`rewire.attention`).
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
-from rewire.layers.own_forward import OPERATIONS, OwnForward
-from rewire.run import run
+from rewire import attention, uses
+from rewire.passes import backward_id
+from rewire.uses import Owned
 from rewire.wiring import LayerState
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ATTRIBUTE = "_rewire_host"
 _KEY = "rewire"
+_PATIENCE = 8  # calls of a host, after the first pass, in which it waits for children that have not run yet
 
 
 class Host:
     """The layers to watch for while one module's forward runs.
 
     Attributes:
-        layers: relative name and state of each.
+        below: relative name and state of each layer anywhere below: watched for in the first pass.
+        children: those of them whose nearest module, containers aside, this is.
+        used: those of them whose weight this module was seen using.
+        makes: it made another tensor of a weight before it used that.
+        handles: of hooks on weights that nobody was seen using in the first pass.
+        patience: calls left in which it waits for children that have not run.
     """
 
-    def __init__(self, layers: list[tuple[str, LayerState]]) -> None:
-        self.layers = layers
+    def __init__(self) -> None:
+        self.below: list[tuple[str, LayerState]] = []
+        self.children: list[tuple[str, LayerState]] = []
+        self.used: list[tuple[str, LayerState]] = []
+        self.makes = False
+        self.handles: list[Any] = []
+        self.patience = _PATIENCE
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handles": []}
+
+    def unseen(self, module: nn.Module) -> None:
+        """After a first forward: should a weight that nobody was seen using get a gradient, say so."""
+        for name, state in self.below:
+            weight = module.get_submodule(name)._parameters.get(state.kind.parameter)
+            if weight is not None and weight.requires_grad and not (state.ran or state.functional):
+                hook: Any = weight.register_hook
+                self.handles.append(hook(partial(_unseen, state)))
 
     def left(self) -> list[tuple[str, LayerState]]:
-        """Those whose own forward has not run (yet)."""
-        return [(name, state) for name, state in self.layers if state.functional or not state.ran]
+        """What to watch for in the call that begins."""
+        while self.handles:
+            self.handles.pop().remove()
+        if self.below:
+            wiring = self.below[0][1].wiring
+            if wiring.unsettled and backward_id() == -1:
+                wiring.settle()
+            if not wiring.looked:
+                return self.below
+        self.below = []
+        waiting = [entry for entry in self.children if not entry[1].ran and entry not in self.used]
+        if waiting and self.patience:
+            self.patience -= 1
+            return [*self.used, *waiting]
+        self.children = []
+        return self.used
 
 
 def enter(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a host."""
-    host: Host = module.__dict__[_ATTRIBUTE]
-    host.layers = host.left()
-    if not host.layers:
-        remove(module)
+    # Without gradients nothing is watched: PyTorch's fast paths stay as they are.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if torch.compiler.is_compiling():
+    host: Host = module.__dict__[_ATTRIBUTE]
+    layers = host.left()
+    if not layers:
+        remove(module)
         return
     watch = _active.get()
     if watch is None:
-        watch = _Watch()
+        watch = Watch()
         mode: Any = watch
         mode.__enter__()
         _active.set(watch)
-    watch.add(module, host)
+    watch.add(module, host, layers)
 
 
 def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -65,37 +108,60 @@ def leave(module: nn.Module, args: Any, output: Any) -> None:
         _active.set(None)
         mode: Any = watch
         mode.__exit__(None, None, None)
+        module.__dict__[_ATTRIBUTE].unseen(module)
 
 
-def attach(model: nn.Module, states: dict[nn.Module, LayerState]) -> None:
-    """Make a host of the nearest module around each layer that is more than a container."""
+def _unseen(state: LayerState, gradient: Tensor) -> None:
+    state.dead("another module uses its weight where nobody can see it")
+
+
+def attach(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> None:
+    """Make a host of every module above a layer that is more than a container."""
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names.setdefault(module, name)
     by_name = {name: module for module, name in names.items()}
-    hosts: dict[str, list[tuple[str, LayerState]]] = {}
-    for layer, state in states.items():
-        if not state.kind.local:
-            continue  # a block is called like any module
-        host = name = names[layer]
-        while host:
-            host = host.rpartition(".")[0]
-            if type(by_name[host]) not in _CONTAINERS:
-                hosts.setdefault(host, []).append((name[len(host) + 1 if host else 0 :], state))
-                break
-    for name, layers in hosts.items():
-        module = by_name[name]
-        if module in states:
-            continue
-        module.__dict__[_ATTRIBUTE] = Host(layers)
-        # Under a key of our own: handles count per process, and would clash after unpickling in another.
-        pre_hooks: Any = module._forward_pre_hooks
-        pre_hooks[_KEY] = enter
-        pre_hooks.move_to_end(_KEY, last=False)
-        hooks: Any = module._forward_hooks
-        hooks[_KEY] = leave
-        always: Any = module._forward_hooks_always_called
-        always[_KEY] = True
+    hosts: dict[str, Host] = {}
+    for layer, parts in states.items():
+        above = name = names[layer]
+        nearest = True
+        while above:
+            above = above.rpartition(".")[0]
+            module = by_name[above]
+            if type(module) in _CONTAINERS or module in states:
+                nearest = nearest and module not in states  # an attention looks after its own
+                continue
+            host = hosts.setdefault(above, Host())
+            for state in parts:
+                if not state.kind.local:
+                    continue  # a block is called like any module
+                state.watched = True
+                entry = (name[len(above) + 1 if above else 0 :], state)
+                host.below.append(entry)
+                if nearest and not _calls_children(module):
+                    host.children.append(entry)
+            nearest = False
+    for name, host in hosts.items():
+        # PyTorch's own modules take their fast path only where no hooks are attached.
+        if host.below and not _calls_children(by_name[name]):
+            _hook(by_name[name], host)
+
+
+def _calls_children(module: nn.Module) -> bool:
+    """Whether the forward is one of PyTorch's own, which call the layers they are made of."""
+    return type(module).forward.__module__.startswith("torch.nn.modules.")
+
+
+def _hook(module: nn.Module, host: Host) -> None:
+    module.__dict__[_ATTRIBUTE] = host
+    # Under a key of our own: handles count per process, and would clash after unpickling in another.
+    pre_hooks: Any = module._forward_pre_hooks
+    pre_hooks[_KEY] = enter
+    pre_hooks.move_to_end(_KEY, last=False)
+    hooks: Any = module._forward_hooks
+    hooks[_KEY] = leave
+    always: Any = module._forward_hooks_always_called
+    always[_KEY] = True
 
 
 def remove(module: nn.Module) -> None:
@@ -106,70 +172,133 @@ def remove(module: nn.Module) -> None:
         table.pop(_KEY, None)
 
 
-class _Watch(TorchFunctionMode):
-    """Runs operations on a watched weight as calls of the layer it belongs to."""
+class Watch(TorchFunctionMode):
+    """Runs operations on a watched weight as calls of the layer it belongs to.
+
+    Attributes:
+        batch_first: of the attention that is being watched.
+        owned: the watched weights, and what modules made of them, by the tensor's identity.
+        stack: the modules being watched, outermost first, their hosts, and the weights watched for on their behalf.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[int, tuple[nn.Module, LayerState]] = {}
-        self.stack: list[tuple[nn.Module, list[int]]] = []
+        self.batch_first = False
+        self.owned: dict[int, Owned] = {}
+        self.stack: list[tuple[nn.Module, Host | None, list[Owned]]] = []
 
-    def add(self, module: nn.Module, host: Host) -> None:
-        """Watch for ``host``'s layers until :meth:`drop`."""
-        added: list[int] = []
-        for name, state in host.layers:
+    def add(self, module: nn.Module, host: Host | None, layers: list[tuple[str, LayerState]]) -> None:
+        """Watch for ``layers``, given by their name relative to ``module``, until :meth:`drop`."""
+        added: list[Owned] = []
+        for name, state in layers:
             layer = module.get_submodule(name)
-            weight = layer._parameters.get("weight")
-            if weight is not None and id(weight) not in self.found:
-                self.found[id(weight)] = (layer, state)
-                added.append(id(weight))
-        self.stack.append((module, added))
+            weight = layer._parameters.get(state.kind.parameter)
+            if weight is not None and id(weight) not in self.owned:
+                owned = self.owned[id(weight)] = Owned(layer, state, name, weight, weight)
+                added.append(owned)
+        self.stack.append((module, host, added))
 
     def drop(self, module: nn.Module) -> bool:
         """Undo :meth:`add`; whether nothing is left."""
         for place in range(len(self.stack) - 1, -1, -1):
             if self.stack[place][0] is module:
-                for key in self.stack.pop(place)[1]:
-                    del self.found[key]
+                for owned in self.stack.pop(place)[2]:
+                    del self.owned[id(owned.tensor)]
                 break
         return not self.stack
+
+    def owner(self, t: Tensor) -> Owned | None:
+        """Whose weight ``t`` is, or is a view of; nobody's while that layer itself is running."""
+        owned = self.owned.get(id(t))
+        if owned is None and t._is_view():
+            owned = self.owned.get(id(t._base))
+        return None if owned is None or owned.state.running() else owned
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        operation = OPERATIONS.get(func)
-        if operation is not None and torch.is_grad_enabled():
-            bound = operation[0].bind(*args, **kwargs)
-            weight = bound.arguments["weight"]
-            found = self.found.get(id(weight))
-            if found is not None and found[0]._parameters.get("weight") is weight:
-                layer, state = found
-                if state.functional or not state.ran:
-                    return _call(layer, state, func, bound.arguments)
-        return func(*args, **kwargs)
+        if func is attention.FUNCTION:
+            return attention.attend(self.operation, args, kwargs, self.batch_first)
+        return self.operation(func, args, kwargs)
+
+    def operation(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seat: attention.Seat | None = None
+    ) -> Any:
+        """``func``, as a call of the layer whose weight it is given, if any."""
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        use = uses.find(func, args, kwargs, self.owner)
+        if use is not None:
+            self._note(use.owned)
+            return uses.call(use, seat)
+        result = func(*args, **kwargs)
+        host = self.stack[-1][1]
+        if host is not None and (host.below or host.makes):
+            self._look(func, args, kwargs, result)
+        return result
+
+    def _note(self, owned: Owned) -> None:
+        """Remember who used a weight: the innermost module around that the layer belongs to."""
+        state = owned.state
+        if not state.functional:
+            state.functional = True
+            state.refresh()
+        for _, host, _ in reversed(self.stack):
+            if host is None or any(known is state for _, known in host.used):
+                return
+            mine = next((entry for entry in (*host.below, *host.children) if entry[1] is state), None)
+            if mine is not None:
+                host.used.append(mine)
+                host.makes = host.makes or not isinstance(owned.tensor, nn.Parameter)
+                return
+
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Follow a weight through what a module makes of it, and say where it is lost from sight."""
+        if not isinstance(result, Tensor) or not result.requires_grad or result.dim() == 0:
+            return  # a shape, a copy without gradient, a penalty on the weight
+        numbers = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.is_floating_point()]
+        for t in numbers:
+            owned = self.owner(t)
+            if owned is None or self.owner(result) is not None:
+                continue
+            others = [other for other in map(self.owner, numbers) if other is None or other.state is not owned.state]
+            if not others or (result.shape == owned.tensor.shape and not any(n.grad_fn for n in numbers if n is not t)):
+                # Scaled, masked, cast: still this layer's weight.
+                made = self.owned[id(result)] = Owned(owned.layer, owned.state, owned.name, result, owned.weight)
+                self.stack[0][2].append(made)
+            else:
+                user = type(self.stack[-1][0])
+                where, name = getattr(user, "_rewired_from", user).__name__, getattr(func, "__name__", str(func))
+                owned.state.dead(f"{where} gives its weight to {name!r}")
+            return
 
 
-_active: ContextVar[_Watch | None] = ContextVar("rewire_watch", default=None)
+def attend(
+    module: nn.MultiheadAttention,
+    states: list[LayerState],
+    output: LayerState | None,
+    forward: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run an attention's ``forward`` (unbound) with its projections under their rules.
+
+    Args:
+        states: of its own projections.
+        output: of its output projection, a child.
+    """
+    given = [*args, *kwargs.values(), *module.parameters()]
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in given):
+        return forward(module, *args, **kwargs)  # PyTorch's fast path, if it takes it
+    layers = [("", state) for state in states]
+    if output is not None:
+        layers.append(("out_proj", output))
+    watch: Any = Watch()
+    watch.batch_first = module.batch_first
+    watch.add(module, None, layers)
+    with watch:
+        return forward(module, *args, **kwargs)
 
 
-def _call(layer: nn.Module, state: LayerState, func: Any, arguments: dict[str, Any]) -> Any:
-    """One functional use of a layer's weight, as a call of the layer."""
-    state.functional = True
-    if not isinstance(state.kind, OwnForward):
-        state.kind = OwnForward(state.kind)
-    rest = {name: value for name, value in arguments.items() if name != "input"}
-
-    def forward(_: nn.Module, x: Tensor) -> Tensor:
-        y: Tensor = func(x, **rest)
-        return y
-
-    args: tuple[Any, ...] = (arguments["input"],)
-    kwargs: dict[str, Any] = {}
-    if state.observer is None:
-        return run(state, layer, forward, args, kwargs)
-    before, after = state.observer
-    args, kwargs = before(layer, args, kwargs)
-    y = run(state, layer, forward, args, kwargs)
-    after(layer, args, kwargs, y)
-    return y
+_active: ContextVar[Watch | None] = ContextVar("rewire_watch", default=None)

@@ -27,6 +27,9 @@ from rewire.edges import eager
 # (W as kept for backward or None, R or None) -> B
 Combine = Callable[[Tensor | None, Tensor | None], Tensor]
 
+# (W or None, R or None) -> (x -> f(x, B))
+Mirrored = Callable[[Tensor | None, Tensor | None], Callable[[Tensor], Tensor]]
+
 _aten = torch.ops.aten
 
 
@@ -108,6 +111,39 @@ class _Convolution(Function):
         return dx, dw, db, None, None, None, None
 
 
+class _Mirror(Function):
+    """y = f(x.detach(), W), x -> y; backward: delta goes on to y, and to x by f with another weight.
+
+    For any f that is linear in x. ``make(W or None, R or None)`` gives x -> f(x, B).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, weight: Tensor, random: Tensor | None, make: Mirrored, keep: bool) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, weight, random, ctx.make, keep = inputs
+        ctx.like = (x.shape, x.dtype, x.device)
+        ctx.save_for_backward(weight if keep else None, random)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        shape, dtype, device = ctx.like
+        dx = None
+        if ctx.needs_input_grad[1]:
+            with torch.enable_grad():  # f is linear in x: any x has the same derivative
+                x = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+                y = ctx.make(*ctx.saved_tensors)(x)
+                (dx,) = torch.autograd.grad(y, x, delta.to(y.dtype))
+        return delta, dx, None, None, None, None
+
+
+mirror: Callable[..., Tensor] = _Mirror.apply
+
+
 def _joined(function: type[Function]) -> type[Function]:
     """The same Function with forward and setup_context in one: cheaper to call, deaf to transforms."""
     split: Any = function
@@ -131,7 +167,7 @@ _convolution: Callable[..., Tensor] = _Convolution.apply
 _eager_convolution = eager(_joined(_Convolution))
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     """Whether a ``torch.func`` transform is active."""
     active: bool = torch._C._are_functorch_transforms_active()
     return active
@@ -148,7 +184,7 @@ def linear(
         keep: whether ``combine`` reads W; otherwise W is not kept and arrives as None.
     """
     x, weight, bias = _as_autocast(x, weight, bias)
-    function = _linear if _transforming() else _eager_linear
+    function = _linear if transforming() else _eager_linear
     return function(x, weight, bias, _like(random, weight), combine, keep)
 
 
@@ -174,7 +210,7 @@ def convolution(
     x, weight, bias = _as_autocast(x, weight, bias)
     batched = x.dim() == weight.dim()
     geometry = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
-    function = _convolution if _transforming() else _eager_convolution
+    function = _convolution if transforming() else _eager_convolution
     y = function(x if batched else x.unsqueeze(0), weight, bias, _like(random, weight), combine, keep, geometry)
     return y if batched else y.squeeze(0)
 

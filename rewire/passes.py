@@ -114,9 +114,10 @@ class Call:
         own: errors at its own outputs, if it is (or may be) an output layer.
         feeders: for a layer with errors of its own: all calls upstream of it, so that no walk is done twice.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
+        index: number of the first of them.
     """
 
-    __slots__ = ("errors", "feeders", "inputs", "own", "ports", "sources", "state", "tickets")
+    __slots__ = ("errors", "feeders", "index", "inputs", "own", "ports", "sources", "state", "tickets")
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class Call:
         self.own: list[OutputError] = []
         self.feeders: list[Call] = []
         self.inputs: list[Tensor] = []
+        self.index = 0
 
 
 def metadata(node: Node) -> dict[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils._pytree import tree_flatten
 from rewire.errors import RoutingError
 from rewire.routing import plan
 from rewire.rules.base import BP, DirectRule
-from rewire.swap import state_of
+from rewire.swap import states_of
+from rewire.wiring import LayerState
 
 Shapes = dict[str, dict[tuple[str, int], tuple[int, ...]]]
 
@@ -33,24 +35,26 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
     random state. Where the output layer is not known yet, the last layer to run is taken for it. Layers whose
     shapes have no route are left out.
     """
-    states = {module: state for module in model.modules() if (state := state_of(module)) is not None}
+    every = [(module, state) for module in model.modules() for state in states_of(module)]
+    states = [state for _, state in every]
     seen: list[tuple[str, list[tuple[int, ...]]]] = []
     outputs: dict[str, tuple[tuple[int, ...], int]] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        state = states[module]
+    def note(state: LayerState, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         fed = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.requires_grad]
         seen.append((state.name, [tuple(x.shape) for x in fed]))
         first = next((y for y in tree_flatten(output)[0] if isinstance(y, Tensor)), None)
         if first is not None:
             outputs[state.name] = (tuple(first.shape), state.kind.axis(first.dim()))
 
-    rules = {state: (state.rule, state.ran) for state in states.values()}
-    errors = {id(state.wiring): (state.wiring, dict(state.wiring.errors)) for state in states.values()}
+    rules = {state: (state.rule, state.ran) for state in states}
+    errors = {id(state.wiring): (state.wiring, dict(state.wiring.errors)) for state in states}
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in states]
+    called = [(module, state) for module, state in every if not state.kind.part]
+    hooks = [module.register_forward_hook(partial(note, state), with_kwargs=True) for module, state in called]
     try:
-        for state in states.values():
+        for state in states:
+            state.observer = (_given, note)  # for weights that another module uses directly
             state.rule = BP()  # plain PyTorch: what flows forward is the same under every rule
         model.eval()
         with torch.enable_grad(), torch.random.fork_rng():
@@ -58,6 +62,8 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
     finally:
         for hook in hooks:
             hook.remove()
+        for state in states:
+            state.observer = None
         for module, mode in modes:
             module.training = mode
         for state, (rule, ran) in rules.items():
@@ -66,7 +72,7 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
             wiring.errors = kept
 
     shapes: Shapes = {}
-    by_name = {state.name: state for state in states.values()}
+    by_name = {state.name: state for state in states}
     for name, inputs_seen in seen:
         state = by_name[name]
         if not isinstance(state.rule, DirectRule) or state.rule.silent:
@@ -84,3 +90,7 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
                     continue
                 shapes.setdefault(name, {})[output, index] = route.feedback_shape
     return shapes
+
+
+def _given(state: LayerState, module: nn.Module, args: Any, kwargs: Any, *_: Any) -> tuple[Any, Any]:
+    return args, kwargs

@@ -30,7 +30,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,14 @@ def plan(
     if route.ambiguous is not None and layout == "batch_first":
         route = replace(route, ambiguous=None)  # said to be so
     return replace(route, ambiguous=ambiguous or route.ambiguous, reading=reading if clear else None)
+
+
+def route_to(x_shape: Shape, x_axis: int, e_shape: Shape, e_axis: int, *, hint: str | None, **options: Any) -> Route:
+    """:func:`plan`, with x's layout as ``hint`` says if nobody asked for one, as long as that leads anywhere."""
+    if hint is not None and options.get("layout") is None:
+        with suppress(RoutingError):
+            return plan(x_shape, x_axis, e_shape, e_axis, **{**options, "layout": hint})
+    return plan(x_shape, x_axis, e_shape, e_axis, **options)
 
 
 def _batch_first(x: _Side, e: _Side, structure: str) -> Route:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from rewire.bypass import direct_uses
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
 from rewire.errors import PassError
-from rewire.layers.kinds import BackwardWeight
+from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, upstream
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.targets import current_targets
-from rewire.uses import direct_uses
 from rewire.wiring import LayerState, Role
 
 Forward = Callable[..., Any]
@@ -30,20 +31,55 @@ _backward_id: Callable[[], int] = torch._C._current_graph_task_id
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def run(state: LayerState, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``forward`` (unbound, the original class's) under the layer's rule. Gradients are on."""
+def run(
+    state: LayerState,
+    module: nn.Module,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kind: Kind | None = None,
+    index: int = 0,
+) -> Any:
+    """Run ``forward`` (unbound, the original class's) under the layer's rule. Gradients are on.
+
+    Args:
+        kind: how a local rule runs it, if not as the layer's kind does: for a use of its weight by another module.
+        index: number of the (first) input, for layers with several.
+    """
+    if not state.watched:
+        return _run(state, module, forward, args, kwargs, kind or state.kind, index)
+    # What watches for uses of the weight elsewhere must not take the layer itself for one.
+    me = get_ident()
+    if me in state.busy:
+        return forward(module, *args, **kwargs)
+    state.busy.add(me)
+    try:
+        return _run(state, module, forward, args, kwargs, kind or state.kind, index)
+    finally:
+        state.busy.discard(me)
+
+
+def _run(
+    state: LayerState,
+    module: nn.Module,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kind: Kind,
+    index: int,
+) -> Any:
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
     if state.role is Role.UNKNOWN:
-        state.wiring.note_weights(state, module)
+        state.wiring.note_weight(state, module)
     rule = state.rule
     if isinstance(rule, DirectRule):
         if _transforming():
-            return _transformed(state, rule, module, forward, args, kwargs)
-        return _direct(state, rule, module, forward, args, kwargs)
+            return _transformed(state, rule, module, forward, args, kwargs, index)
+        return _direct(state, rule, module, forward, args, kwargs, index)
     if isinstance(rule, LocalRule):
-        output = state.kind.run(module, forward, args, kwargs, _backward(state, rule))
+        output = kind.run(module, forward, args, kwargs, _backward(state, rule))
     else:
         output = forward(module, *args, **kwargs)
     if not state.joins:
@@ -124,6 +160,7 @@ def _direct(
     forward: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    index: int,
 ) -> Any:
     """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
     errors: list[OutputError] = []
@@ -131,7 +168,7 @@ def _direct(
         if not x.requires_grad:
             return _finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
-        feed = (state, rule, errors, 0, _wall(state, rule, x))
+        feed = (state, rule, errors, index, _wall(state, rule, x))
         sources = [] if node is None else [node]
         if state.settled:
             ticket = port(x, feed)
@@ -141,20 +178,20 @@ def _direct(
     leaves, spec = tree_flatten((args, kwargs))
     tickets: list[Tensor] = []
     sources = []
-    index = 0
+    ports = 0
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor) and x.requires_grad:
             if x.grad_fn is not None:
                 sources.append(x.grad_fn)
-            feed = (state, rule, errors, index, _wall(state, rule, x))
+            feed = (state, rule, errors, index + ports, _wall(state, rule, x))
             if state.settled:
                 tickets.append(port(x, feed))
                 leaves[i] = x.detach()
             else:
                 leaves[i] = probe(x, feed)
-            index += 1
+            ports += 1
     args, kwargs = tree_unflatten(leaves, spec)
-    return _finish(state, forward(module, *args, **kwargs), sources, tickets, errors, index)
+    return _finish(state, forward(module, *args, **kwargs), sources, tickets, errors, ports)
 
 
 def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:
@@ -208,7 +245,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
     if state.role is Role.UNKNOWN:
-        wiring.used_directly.update(direct_uses(call.sources, call_sources))
+        wiring.bypassed.update(direct_uses(call.sources, call_sources))
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
     for feeder in [call, *feeders]:
@@ -243,6 +280,7 @@ def _transformed(
     forward: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    index: int,
 ) -> Any:
     """Under ``grad``, ``vmap`` and their like: inputs are remembered on the graph, the output layer projects to all."""
     leaves, spec = tree_flatten((args, kwargs))
@@ -252,6 +290,7 @@ def _transformed(
     y = forward(module, *cut[0], **cut[1])
     call = Call(state, [x.grad_fn for x in inputs if x.grad_fn is not None], [], [])
     call.inputs = inputs
+    call.index = index
     if state.role is Role.OUTPUT:
         return _project(state, call, y)
     if not isinstance(y, Tensor):
@@ -276,7 +315,9 @@ def _transformed_output(state: LayerState, y: Tensor, args: tuple[Any, ...], kwa
 def _project(state: LayerState, call: Call, y: Tensor) -> Tensor:
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
     fed = [call, *upstream(call.sources, state.wiring)]
-    plan = [(other.state, other.state.rule, index) for other in fed for index, _ in enumerate(other.inputs)]
+    plan = [
+        (other.state, other.state.rule, index) for other in fed for index, _ in enumerate(other.inputs, other.index)
+    ]
     inputs = [x for other in fed for x in other.inputs]
     return project(y, error.targets, error, plan, *inputs)
 

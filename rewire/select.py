@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from rewire.attention import projections
 from rewire.errors import ConversionError, nearest
 from rewire.layers.block import Block
 from rewire.layers.kinds import Kind
@@ -28,6 +29,9 @@ class Choice:
     names: tuple[str, ...]  # a module may be registered in several places; the first name counts
     kind: Kind
     rule: Rule
+    part: str = ""  # of an attention that holds several layers; "" for the module itself
+    within: nn.Module | None = None  # the attention around it
+    covers: tuple[str, ...] = ()  # further names that patterns may fit
 
     @property
     def name(self) -> str:
@@ -48,6 +52,7 @@ def select(
     block_of = _blocks(model, names, _listed(blocks))
     choices: list[Choice] = []
     inside: set[nn.Module] = set()
+    around: dict[nn.Module, nn.Module] = {}
     for module, aliases in names.items():
         if module in inside:
             continue
@@ -56,11 +61,16 @@ def select(
             choices.append(Choice(module, aliases, Block(module), default))
             continue
         if isinstance(module, nn.MultiheadAttention):
-            inside.update(module.modules())  # it uses its children's weights itself; they never run
-            continue
+            for part, projection in projections(module).items():
+                parts = tuple(f"{alias}.{part}" if alias else part for alias in aliases)
+                choices.append(Choice(module, parts, projection, default, part=part, covers=aliases))
+            around[module.out_proj] = module
         kind = kind_of(module)
         if kind is not None:
-            choices.append(Choice(module, aliases, kind, default))
+            within = around.get(module)
+            choices.append(
+                Choice(module, aliases, kind, default, within=within, covers=names[within] if within else ())
+            )
     if not choices:
         found = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -95,6 +105,13 @@ def fits(pattern: Pattern, module: nn.Module, names: Iterable[str]) -> bool:
     return isinstance(module, pattern)
 
 
+def _covers(pattern: Pattern, choice: Choice) -> bool:
+    """Whether a pattern covers a layer, by its own name and type or those of the attention it is part of."""
+    if fits(pattern, choice.module, (*choice.names, *choice.covers)):
+        return True
+    return choice.within is not None and fits(pattern, choice.within, ())
+
+
 def _check_pattern(pattern: object, what: str) -> None:
     if not isinstance(pattern, str) and not (isinstance(pattern, type) and issubclass(pattern, nn.Module)):
         raise ConversionError(f"{what}: a name pattern or a module type is needed, not {pattern!r}")
@@ -124,7 +141,7 @@ def _assign(choices: list[Choice], layers: Layers | None) -> None:
         for pattern, wanted in layers.items():
             _check_pattern(pattern, "layers")
             rule = resolve(wanted)
-            fitting = [choice for choice in choices if fits(pattern, choice.module, choice.names)]
+            fitting = [choice for choice in choices if _covers(pattern, choice)]
             if not fitting:
                 hint = nearest(pattern, [n for c in choices for n in c.names]) if isinstance(pattern, str) else ""
                 raise ConversionError(f"layers: no layer fits {_show(pattern)}{hint}")

@@ -14,7 +14,7 @@ from rewire.errors import ConversionError
 from rewire.layers.registry import kind_of, why_not
 from rewire.preview import Shapes, preview
 from rewire.rules.base import DirectRule, LocalRule
-from rewire.swap import state_of
+from rewire.swap import states_of
 from rewire.wiring import LayerState, Role
 
 
@@ -98,26 +98,20 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"summary needs a torch.nn.Module, not {type(model).__name__}")
-    for wiring in {
-        id(state.wiring): state.wiring for m in model.modules() if (state := state_of(m)) is not None
-    }.values():
+    for wiring in {id(state.wiring): state.wiring for m in model.modules() for state in states_of(m)}.values():
         wiring.settle_if_alone()
     expected = preview(model, inputs) if inputs is not None else None
     rows: list[Row] = []
     whole: list[str] = []  # blocks and modules that use their children's weights themselves
     whole_note: dict[str, str] = {}
     for name, module in model.named_modules():
-        state = state_of(module)
-        if state is not None:
-            rows.append(_converted(module, name, state, expected))
+        states = states_of(module)
+        for state in states:
+            rows.append(_converted(module, ".".join(filter(None, (name, state.kind.part))), state, expected))
             if not state.kind.local:
                 whole.append(name)
                 whole_note[name] = f"inside block {name!r}: exact backprop"
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            whole.append(name)
-            whole_note[name] = f"used directly by {name!r}"
-        if next(module.parameters(recurse=False), None) is None:
+        if states or next(module.parameters(recurse=False), None) is None:
             continue
         owner = next((w for w in whole if w != name and name.startswith(f"{w}." if w else "")), None)
         if owner is not None:
@@ -166,10 +160,10 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
         notes.append("exact gradient")
     else:
         notes.append("kept on backprop")
-    if state.active and not state.ran and any(other.ran for other in state.wiring.layers.values()):
+    if state.lost:
+        notes.append(f"NOT under its rule: {state.lost}")
+    elif state.active and not state.ran and any(other.ran for other in state.wiring.layers.values()):
         notes.append("its forward has not run")
-    if state.bypassed:
-        notes.append("its weight is also used directly, where the rule has no effect")
     if not any(p.requires_grad for p in module.parameters(recurse=False)):
         notes.append("frozen")
     return Row(name, kind, repr(rule), state.role.value, shape, size, scale, "; ".join(notes), converted=True)

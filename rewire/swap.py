@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewire import hosts
 from rewire.run import run, steady
 from rewire.wiring import LayerState
 
@@ -79,9 +80,35 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+class Parts:
+    """The states of an attention's own projections, in place of one layer's state."""
+
+    def __init__(self, states: list[LayerState]) -> None:
+        self.states = states
+
+
+def attention_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an ``nn.MultiheadAttention`` whose projections run under their rules."""
+    key = (attention_class, base)
+    if key in _classes:
+        return _classes[key]
+
+    parent: Any = base
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _grad_enabled():
+            return parent.forward(self, *args, **kwargs)
+        attend = _attend_outside_of_compile if _compiling() else hosts.attend
+        return attend(self, self.__dict__[STATE].states, state_of(self.out_proj), parent.forward, args, kwargs)
+
+    cls = _classes[key] = derive(base, attention_class, {"forward": forward})
+    return cls
+
+
 # Each layer is a graph break: what is left on the autograd graph cannot be traced.
 _disable: Callable[..., Any] = torch.compiler.disable
 _outside_of_compile: Callable[..., Any] = _disable(run)
+_attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend)
 
 
 def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:
@@ -105,3 +132,11 @@ def state_of(module: nn.Module) -> LayerState | None:
     """The state of a converted layer, or None. Sees through classes put on top of ours."""
     state = module.__dict__.get(STATE)
     return state if isinstance(state, LayerState) else None
+
+
+def states_of(module: nn.Module) -> list[LayerState]:
+    """The states of a converted layer, or of the layers an attention holds; none if it is not converted."""
+    state = module.__dict__.get(STATE)
+    if isinstance(state, Parts):
+        return state.states
+    return [state] if isinstance(state, LayerState) else []

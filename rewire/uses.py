@@ -1,83 +1,211 @@
-"""Weights that meet an activation outside of their layer, where its rule has no say: seen on the autograd graph.
+"""One operation on a layer's weight by another module, and how to run it as a call of the layer.
 
-``x @ layer.weight.T`` leaves a product node one of whose inputs leads to nothing but the weight, and another to an
-activation. A penalty on weights leaves no such node. What happens inside a layer's call is not looked at.
+An operation qualifies if it is linear in one other tensor x and mixes x's features by the weight, or by a view of
+it: ``F.linear(x, qkv.weight[:d])``, ``x @ child.weight.t()``, a convolution, ``torch.einsum("bti,oi->bto", ...)``.
+Direct rules then cut x as they do anywhere else. Local rules take the derivative with respect to x with (the same
+view of) B in the weight's place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-Node = torch.autograd.graph.Node
+from rewire import operations
+from rewire.layers.kinds import BackwardWeight, Kind
+from rewire.layers.own_forward import OPERATIONS
+from rewire.routing import LAYOUTS
+from rewire.run import run
+
+if TYPE_CHECKING:
+    from rewire.attention import Seat
+    from rewire.wiring import LayerState
+
+Owner = Callable[[Tensor], "Owned | None"]
+
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
+_REVERSED = {Tensor.__rmatmul__}
+# bias + a b; the bias may be any tensor, a parameter in most cases
+_SUMS = {torch.addmm, torch.baddbmm, torch.addbmm, Tensor.addmm, Tensor.baddbmm, Tensor.addbmm}
+# Operations in which a weight can meet an x.
+KNOWN = frozenset({*OPERATIONS, *_PRODUCTS, *_REVERSED, *_SUMS, torch.einsum})
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a node's value is made of: the parameters it comes from, and whether an activation is in it."""
+class Owned:
+    """A watched weight, or what another module made of it.
 
-    leaves: frozenset[Tensor]
-    active: bool
+    Attributes:
+        layer, state, name: the layer it belongs to, and its name relative to the host that watches for it.
+        tensor: the weight, or what was made of it.
+        weight: the parameter.
+    """
+
+    layer: nn.Module
+    state: LayerState
+    name: str
+    tensor: Tensor
+    weight: Tensor
 
 
-def direct_uses(roots: Iterable[Node], sources: Callable[[Node], Iterable[Node] | None]) -> set[Tensor]:
-    """Parameters of two and more dimensions that meet an activation between ``roots`` and the leaves.
+@dataclass(frozen=True)
+class Use:
+    """One operation on a layer's weight.
+
+    Attributes:
+        owned: the weight.
+        view: what of it the operation was given.
+        x: the other tensor.
+        turned: x has its features in front of its last dimension, as in ``weight @ x``.
+        apply: (x, weight or its view) -> result.
+        direct: the operation, and its other arguments by name, if it has a fast backward with another weight.
+    """
+
+    owned: Owned
+    view: Tensor
+    x: Tensor
+    turned: bool
+    apply: Callable[[Tensor, Tensor], Any]
+    direct: tuple[Any, dict[str, Any]] | None
+
+
+def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner) -> Use | None:
+    """The use of a watched weight in ``func(*args, **kwargs)``, if it is one that a rule can be applied to."""
+    if func not in KNOWN:
+        return None
+    leaves, spec = tree_flatten((args, kwargs))
+    bound = OPERATIONS[func][0].bind(*args, **kwargs).arguments if func in OPERATIONS else None
+    for place, view in enumerate(leaves):
+        if not isinstance(view, Tensor) or (bound is not None and view is not bound["weight"]):
+            continue
+        owned = owner(view)
+        if owned is None or owned.tensor.shape != owned.weight.shape:
+            continue
+        other, turned, direct = _other(func, leaves, place), False, None
+        if bound is not None:
+            other = next(i for i, leaf in enumerate(leaves) if leaf is bound["input"])
+            direct = (func, {n: v for n, v in bound.items() if n not in ("input", "weight")})
+        elif other >= 0 and func is not torch.einsum:
+            turned = (place < other) != (func in _REVERSED)
+        x = leaves[other]
+        if other < 0 or not isinstance(x, Tensor) or x is view or (turned and x.dim() < 2):
+            continue
+
+        def apply(x: Tensor, weight: Tensor, place: int = place, other: int = other) -> Any:
+            filled = list(leaves)
+            filled[place], filled[other] = weight, x
+            filled_args, filled_kwargs = tree_unflatten(filled, spec)
+            return func(*filled_args, **filled_kwargs)
+
+        return Use(owned, view, x, turned, apply, direct)
+    return None
+
+
+def _other(func: Any, leaves: list[Any], place: int) -> int:
+    """Where the other tensor of a product is; -1 if the weight is not a factor in one, or not one that mixes x."""
+    if func is torch.einsum:
+        return _einsum(leaves, place)
+    first = 1 if func in _SUMS else 0
+    return 2 * first + 1 - place if place in (first, first + 1) else -1
+
+
+def _einsum(leaves: list[Any], place: int) -> int:
+    """The other operand of an einsum of two, if its last dimension alone is what the weight mixes."""
+    operands = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(operands) != 2 or not isinstance(leaves[0], str) or "->" not in leaves[0]:
+        return -1
+    terms, result = leaves[0].replace(" ", "").split("->")
+    letters = dict(zip(operands, terms.split(","), strict=False))
+    other = operands[1 - operands.index(place)]
+    if len(letters) != 2:
+        return -1
+    mixed = [letter for letter in letters[other] if letter in letters[place] and letter not in result]
+    return other if len(mixed) == 1 and letters[other].endswith(mixed[0]) else -1
+
+
+def call(use: Use, seat: Seat | None) -> Any:
+    """Run a use as a call of its layer.
 
     Args:
-        sources: the nodes of a call's inputs, for the node of a call's output; None for any other node. They are
-            walked on from.
+        seat: how the x inside an attention lies in the model around it.
     """
-    known: dict[Node, _Made] = {}
-    met: set[Tensor] = set()
-    stack = list(roots)
-    while stack:
-        node = stack[-1]
-        if node in known:
-            stack.pop()
-            continue
-        inputs = sources(node)
-        if inputs is not None:
-            known[node] = _ACTIVATION
-            stack.extend(inputs)
-            continue
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        waiting = [parent for parent in parents if parent not in known]
-        if waiting:
-            stack.extend(waiting)
-            continue
-        made = [known[parent] for parent in parents]
-        known[node] = _made(node, made)
-        met.update(leaf for leaves in _met(node, made) for leaf in leaves if leaf.dim() > 1)
-    return met
+    state, layer = use.owned.state, use.owned.layer
+    dims = use.x.dim()
+
+    def inner(x: Tensor) -> Tensor:
+        x = x if seat is None else seat.inner(x, dims)
+        return x.transpose(-1, -2) if use.turned else x
+
+    def forward(_: nn.Module, x: Tensor) -> Any:
+        return use.apply(inner(x), use.view)
+
+    def again(weight: Tensor) -> Callable[[Tensor], Any]:
+        return lambda x: use.apply(inner(x), _view_of(weight, use.view, use.owned.tensor))
+
+    x = use.x.transpose(-1, -2) if use.turned else use.x
+    args: tuple[Any, ...] = (x if seat is None else seat.outer(x),)
+    kwargs: dict[str, Any] = {}
+    kind = _UseKind(use, inner, again)
+    index = state.index_of(use.view, use.owned.tensor)
+    if seat is not None and seat.batched:
+        state.layout = LAYOUTS[0 if seat.batch_first else 1]
+    if state.observer is None:
+        return run(state, layer, forward, args, kwargs, kind, index)
+    before, after = state.observer
+    args, kwargs = before(state, layer, args, kwargs, again, index, use.owned.tensor is use.owned.weight)
+    y = run(state, layer, forward, args, kwargs, kind, index)
+    after(state, layer, args, kwargs, y)
+    return y
 
 
-_ACTIVATION = _Made(frozenset(), active=True)
-_PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution", "Einsum")
+def _view_of(t: Tensor, view: Tensor, base: Tensor) -> Tensor:
+    """What ``view`` is of ``base``, of ``t``, which has the shape of ``base``."""
+    if view is base:
+        return t
+    if t.stride() != base.stride():
+        t = torch.empty_strided(base.shape, base.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    offset = int(view.storage_offset()) - int(base.storage_offset()) + int(t.storage_offset())
+    return t.as_strided(view.shape, view.stride(), offset)
 
 
-def _made(node: Node, parents: list[_Made]) -> _Made:
-    leaf: Tensor | None = getattr(node, "variable", None)
-    if leaf is not None:
-        return _Made(frozenset((leaf,)), active=False)
-    if node.name().startswith("Embedding"):
-        return _ACTIVATION  # rows looked up are no weight any more
-    leaves: frozenset[Tensor] = frozenset().union(*(p.leaves for p in parents))
-    return _Made(leaves, any(p.active for p in parents))
+class _UseKind(Kind):
+    """The layer's kind, with its operation run as the other module runs it."""
 
+    def __init__(
+        self, use: Use, inner: Callable[[Tensor], Tensor], again: Callable[[Tensor], Callable[[Tensor], Any]]
+    ) -> None:
+        self.use = use
+        self.inner = inner
+        self.again = again
 
-def _met(node: Node, parents: list[_Made]) -> Iterator[frozenset[Tensor]]:
-    name = node.name().removesuffix("Backward0").removesuffix("Backward1")
-    kind: type = type(node)
-    if name in _PRODUCTS or issubclass(kind, torch.autograd.function.BackwardCFunction):
-        anything = True  # an operation of one's own may do anything, a product too
-    elif name == "Mul":
-        anything = False  # a weight is also multiplied by a scale, or a learnt mask
-    else:
-        return
-    for i, made in enumerate(parents):
-        others = parents[:i] + parents[i + 1 :]
-        if made.leaves and not made.active and any(o.active or (anything and o.leaves - made.leaves) for o in others):
-            yield made.leaves
+    def axis(self, dims: int) -> int:
+        return self.use.owned.state.kind.axis(dims)
+
+    def run(
+        self,
+        module: nn.Module,
+        forward: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backward: BackwardWeight,
+    ) -> Any:
+        (x,) = args
+        use, weight = self.use, self.use.owned.tensor
+        backward.note(weight)
+        if use.direct is not None and use.view is weight:
+            func, rest = use.direct
+            signature, with_other_backward = OPERATIONS[func]
+            bound = signature.bind(self.inner(x), weight, **rest)
+            bound.apply_defaults()
+            return with_other_backward(backward=backward, **bound.arguments)
+
+        def make(w: Tensor | None, r: Tensor | None) -> Callable[[Tensor], Any]:
+            return self.again(backward.combine(w, r))
+
+        y = use.apply(self.inner(x.detach()), use.view)
+        return operations.mirror(y, x, weight, backward.random(weight), make, backward.keep)

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from enum import Enum
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
-from rewire.routing import Reading, Route, plan
+from rewire.routing import Reading, Route, route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 
 
@@ -46,7 +47,8 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
-        used_directly: parameters that met an activation outside of any layer, in passes not taken in yet.
+        looked: a pass has been taken in: uses of weights by other modules have been seen.
+        bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
     """
 
@@ -68,13 +70,14 @@ class Wiring:
         self.layers: dict[str, LayerState] = {}
         self.errors: dict[str, Tensor] = {}
         self.unsettled = False
-        self.used_directly: set[Tensor] = set()
+        self.looked = False
+        self.bypassed: set[Tensor] = set()
+        self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
         self._warned: set[str] = set()
-        self._weights: dict[Tensor, LayerState] = {}  # between a first pass and the next forward
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}, "used_directly": set(), "_weights": {}}
+        return {**self.__dict__, "errors": {}, "bypassed": set(), "_weights": {}}
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -90,22 +93,19 @@ class Wiring:
         """Take for said what a copy has said."""
         self._warned |= other._warned
 
-    def note_weights(self, state: LayerState, module: nn.Module) -> None:
-        """In a first pass: which weights are those of layers that run."""
-        if state.kind.local:
-            self._weights.update({p: state for p in module.parameters() if p.dim() > 1})
+    def note_weight(self, state: LayerState, module: nn.Module) -> None:
+        """In a first pass: whose weight is whose."""
+        weight = module._parameters.get(state.kind.parameter) if state.kind.local else None
+        if weight is not None:
+            self._weights[weight] = state
 
-    def _warn_of_direct_uses(self) -> None:
-        for weight in self.used_directly:
+    def _say_bypassed(self) -> None:
+        """Weights given to operations that nobody but the graph sees: kernels of somebody's own."""
+        for weight in self.bypassed:
             state = self._weights.get(weight)
-            if state is not None and state.active:
-                state.bypassed = True
-                self.warn_once(
-                    f"used:{state.name}",
-                    f"layer {state.label} is converted to {state.rule!r} and runs, but its weight is used directly as "
-                    "well, by something that does not call it: there the rule has no effect",
-                )
-        self.used_directly, self._weights = set(), {}
+            if state is not None and not state.lost:
+                state.dead("its weight is also used by an operation of another module's own")
+        self.bypassed, self._weights = set(), {}
 
     def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> None:
         """The gradient at the output of ``state`` is here: the output error, or a hidden layer's own.
@@ -150,20 +150,15 @@ class Wiring:
         the first forward did; so nothing changes before the pass is over.
         """
         self.unsettled = False
+        self.looked = True
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
         self._forget_hidden_outputs()
         self._settle_scales()
-        self._warn_of_direct_uses()
+        self._say_bypassed()
         for state in self.layers.values():
             state.refresh()
-            if state.active and not state.ran:
-                self.warn_once(
-                    f"ran:{state.name}",
-                    f"layer {state.label} is converted to {state.rule!r}, but its forward did not run in the first "
-                    "training pass: if its weight is used by another module directly, the rule has no effect there",
-                )
 
     def _forget_hidden_outputs(self) -> None:
         """A side loss came first: its layer is no output after all, and no feedback is named after it."""
@@ -221,9 +216,12 @@ class LayerState:
         scale_note: where the scale comes from.
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: it has run with gradients on.
-        bypassed: it runs, and its weight is used elsewhere in a way its rule has no say in.
-        functional: another module uses its weight directly; its own forward does not run.
-        observer: called before and after each functional use, as forward hooks are around a forward.
+        functional: another module uses its weight directly (:mod:`rewire.hosts`).
+        watched: such uses are, or may be, watched for.
+        layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
+        busy: threads in which it is running now.
+        observer: called before and after each such use, as forward hooks are around a forward.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: settled, hidden, under a direct rule, with nothing special: the short way through a call.
@@ -243,8 +241,10 @@ class LayerState:
         self.std = std
         self.std_note = ""
         self.ran = False
-        self.bypassed = False
         self.functional = False
+        self.watched = False
+        self.busy: set[int] = set()
+        self.lost = ""
         self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
@@ -260,6 +260,7 @@ class LayerState:
         # One attribute, read once and written once: threads may run backward side by side.
         self._last: tuple[tuple[Any, ...], Route, Tensor] | None = None
         self.reading: Reading | None = None
+        self.layout: str | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -271,6 +272,7 @@ class LayerState:
             "_last": None,
             "local": None,
             "observer": None,
+            "busy": set(),
             "used": None,
         }
 
@@ -304,7 +306,33 @@ class LayerState:
         known = self.role is not Role.UNKNOWN
         direct = isinstance(self.rule, DirectRule)
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
-        self.steady = self.settled and direct and self.role is Role.HIDDEN and self.wiring.skip == "keep"
+        self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
+        hidden = self.settled and direct and self.role is Role.HIDDEN
+        self.steady = hidden and self.wiring.skip == "keep" and not self.watched
+
+    def running(self) -> bool:
+        """Whether it is running now, in this thread."""
+        return get_ident() in self.busy
+
+    def index_of(self, view: Tensor, weight: Tensor) -> int:
+        """Number of the input that meets ``view`` of ``weight``: 0 for all of it, else 1 + the row it begins with.
+
+        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own.
+        """
+        if view is weight or view.shape == weight.shape:
+            return 0
+        return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+
+    def dead(self, use: str) -> None:
+        """Its weight was used in a way the rule cannot be applied to; ``use`` says who used it how."""
+        self.lost = use
+        if self.active:
+            self.wiring.warn_once(
+                f"dead:{self.name}",
+                f"layer {self.label} is converted to {self.rule!r}, but {use}, which the rule cannot be applied to: "
+                f"what is handed back there is backprop's. Say so with layers={{{self.name!r}: 'bp'}}, or feed the "
+                "module around it back as one, blocks=[...]",
+            )
 
     def set_scale(self, scale: float, note: str) -> None:
         """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""
@@ -403,7 +431,7 @@ class LayerState:
         wiring = self.wiring
         above = error.state.rule
         try:
-            route = plan(
+            route = route_to(
                 tuple(shape),
                 self.kind.axis(len(shape)),
                 tuple(e_shape),
@@ -412,6 +440,7 @@ class LayerState:
                 layout=rule.layout,
                 e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
                 seen=self.order,
+                hint=self.layout,
             )
         except RoutingError as problem:
             raise RoutingError(

@@ -170,7 +170,8 @@ def test_a_layer_that_never_runs_at_all_is_warned_about_once():
             self.a, self.never, self.b = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 4)
 
         def forward(self, x):
-            return self.b(torch.tanh(self.a(x)) @ self.never.weight.T)  # no known operation
+            h = torch.tanh(self.a(x))
+            return self.b((h.unsqueeze(1) * self.never.weight).sum(-1))  # no known operation
 
     model = rewire.convert(Net().double(), "fa")
     with pytest.warns(rewire.RewireWarning, match="'never'"):

@@ -787,42 +787,6 @@ def test_lazy_modules_must_have_run():
     model(torch.randn(3, 4)).sum().backward()
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lower, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-    def forward(self, x):
-        self.h = torch.tanh(self.lower(x))
-        self.a = self.attention(self.h, self.h, self.h, need_weights=False)[0]
-        return self.head(self.a)
-
-
-@pytest.mark.parametrize("rule", ["fa", "dfa"])
-def test_multihead_attention_keeps_backprop_and_says_so(rule):
-    model = seeded(Attention)
-    plain = copy.deepcopy(model)
-    rewire.convert(model, rule, scale=0.3)
-    rows = {row.name: row for row in rewire.summary(model).rows}
-    assert not rows["attention"].converted and "attention kernel" in rows["attention"].note
-    assert not rows["attention.out_proj"].converted and "'attention'" in rows["attention.out_proj"].note
-    assert rows["lower"].converted and rows["head"].converted
-    x = draw(2, 5, 4)
-    for _ in range(2):
-        model.zero_grad()
-        out = model(x)
-        plain(x)
-        assert torch.equal(out, plain(x))
-        e = draw(*out.shape, seed=3)
-        (out * e).sum().backward()
-        back = e @ rewire.feedback(model)["head"]
-        theirs = [*plain.attention.parameters(), *plain.lower.parameters()]
-        ours = [*model.attention.parameters(), *model.lower.parameters()]
-        for mine, expected in zip(ours, torch.autograd.grad(plain.a, theirs, back), strict=True):
-            close(mine.grad, expected)
-
-
 def test_recurrent_and_embedding_are_named_with_their_reason():
     model = nn.ModuleDict(
         {"embed": nn.Embedding(5, 4), "lstm": nn.LSTM(4, 4), "gru": nn.GRU(4, 4), "norm": nn.LayerNorm(4)}

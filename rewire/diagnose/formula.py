@@ -2,12 +2,13 @@
 
 The equations of the rules that come with the library are written down once more, and the common ways of an error
 to an input are plain products; for rules of one's own, and shapes that have to be interpreted, the rule and
-:func:`rewire.routing.plan` are asked.
+:mod:`rewire.routing` are asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rewire.diagnose.watch import Place, Randomness, Seen
+from rewire.diagnose.watch import Layer, Place, Randomness, Seen
 from rewire.errors import RoutingError
 from rewire.feedback import standard_normal
-from rewire.routing import plan
+from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 from rewire.rules.direct import DFA, SDFA, Shallow
 from rewire.rules.local import BRSF, FA, FRSF, USF
@@ -49,13 +50,13 @@ def fed_back(
     if B.shape[0] != sent.shape[axes[1]]:
         return None
     sent = sent.to(B.dtype)
-    if rule.layout != "sequence_first" and not (state.order and any(state.order)):
+    if "sequence_first" not in (rule.layout, state.layout) and not (state.order and any(state.order)):
         plain = _plainly(sent, B, place.x.shape, axes)
         if plain is not None:
             return plain.to(place.x.dtype)
     above = output.rule
     try:
-        route = plan(
+        route = route_to(
             tuple(place.x.shape),
             axes[0],
             tuple(sent.shape),
@@ -64,6 +65,7 @@ def fed_back(
             layout=rule.layout,
             e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
             seen=state.order,
+            hint=state.layout,
         )
     except RoutingError:
         return None
@@ -119,74 +121,77 @@ def backward_weight(state: LayerState, W: Tensor, draw: int) -> Tensor:
     return rule.backward_weight(W if rule.uses_weight else None, R if rule.random else None, s)
 
 
-class Local(TorchFunctionMode):
-    """Computes what a local rule hands back, beside the forward of the reference pass.
+class Local:
+    """Computes what a local rule (or backprop) hands back, beside the forward of the reference pass.
 
     A layer's original forward is run once more on the same input, random numbers and buffers, with its operation
     split in two: the value, without a gradient for its input, and a zero whose gradient is B's. Where another module
-    uses the weight directly the operation is all there is; that is what this is a mode for.
+    uses the weight directly the operation is all there is, and is run with B.
 
     Args:
         calls: of the converted model, with the gradients at their outputs.
+        used: ``feedback(model)`` there, by layer.
 
     Attributes:
         weights: (W, B) of each layer's newest call.
     """
 
-    def __init__(self, calls: Mapping[str, list[Seen]]) -> None:
-        super().__init__()
+    def __init__(self, calls: Mapping[str, list[Seen]], used: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}
         self._left = {name: list(seen) for name, seen in calls.items()}
-        self._direct: tuple[Seen, torch.Size] | None = None
+        self._used = used
 
-    def before(self, call: Seen, module: nn.Module) -> None:
-        """To be called before ``module`` runs in the reference."""
+    def before(self, call: Seen, layer: Layer) -> None:
+        """To be called before ``layer`` runs in the reference."""
         left = self._left[call.name]
-        theirs = left.pop(0) if left else None
-        if theirs is None or theirs.delta is None or not theirs.places:
+        ours = left.pop(0) if left else None
+        if ours is None or ours.delta is None or not ours.places or not ours.state.kind.local:
             return
-        if isinstance(theirs.state.rule, DirectRule) or not theirs.state.kind.local:
+        if isinstance(ours.state.rule, DirectRule):
             return
-        shape = theirs.state.kind.look(module).shape
-        if theirs.state.functional:
-            self._direct = theirs, shape
+        with torch.enable_grad(), _saving_for_itself():
+            if ours.again is None:
+                self._forward(ours, call, layer)
+            else:
+                self._use(ours, call, layer)
+
+    def _use(self, ours: Seen, call: Seen, layer: Layer) -> None:
+        assert call.again is not None
+        W = ours.state.kind.look(layer.module)
+        if ours.plain:
+            B = backward_weight(ours.state, W, ours.draw)
+            self.weights[call.name] = W, B
+        elif isinstance(ours.state.rule, LocalRule):  # of a weight that the other module alone knows how to make
+            B = self._used[call.name][ours.state.name]
+        else:
             return
+        (place,) = ours.places
+        x = place.x.clone().requires_grad_()
+        _expect(ours, call.again(B.to(W.dtype))(x), [x])
+
+    def _forward(self, ours: Seen, call: Seen, layer: Layer) -> None:
+        module = layer.module
         parent: Any = getattr(type(module), "_rewired_from", type(module))
         others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
         buffers = [(b, b.detach().clone()) for b in module.buffers()]
         random = Randomness()
-        split = _Split(theirs, shape, others)
-        (args, kwargs), xs = _fresh(call.args, theirs)
-        ran, call.state.ran = call.state.ran, True  # a weight that is not taken for one another module uses
-        with torch.enable_grad(), _saving_for_itself(), split:
-            y = parent.forward(module, *args, **kwargs)
-        call.state.ran = ran
+        split = _Split(ours, ours.state.kind.look(module).shape, others)
+        (args, kwargs), xs = _fresh(call.args, ours)
+        watched, call.state.ran = call.state.ran, True
+        call.state.busy.add(get_ident())  # a use by the layer itself is no use by another module
+        try:
+            with split:
+                y = parent.forward(module, *args, **kwargs)
+        finally:
+            call.state.busy.discard(get_ident())
+            call.state.ran = watched
         random.put_back()
         with torch.no_grad():
             for buffer, kept in buffers:
                 buffer.copy_(kept)
         if split.found is not None:
             self.weights[call.name] = split.found
-            _expect(theirs, y, xs)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._direct is not None and func in _WEIGHT_AT:
-            theirs, shape = self._direct
-            self._direct = None
-            weight = _argument(args, kwargs, *_WEIGHT_AT[func])
-            if weight.shape == shape:
-                W = weight.detach()
-                B = backward_weight(theirs.state, W, theirs.draw)
-                self.weights[theirs.name] = W, B
-                x = _argument(args, kwargs, *_INPUT_AT[func]).detach().requires_grad_()
-                fed_args, fed_kwargs = _replaced(args, kwargs, _INPUT_AT[func], x)
-                fed_args, fed_kwargs = _replaced(fed_args, fed_kwargs, _WEIGHT_AT[func], B)
-                with torch.enable_grad(), _saving_for_itself():
-                    _expect(theirs, func(*fed_args, **fed_kwargs), [x])
-        return func(*args, **kwargs)
+            _expect(ours, y, xs)
 
 
 class _Split(TorchFunctionMode):
@@ -230,8 +235,7 @@ def _fresh(args: Any, theirs: Seen) -> tuple[Any, list[Tensor]]:
 
 def _expect(theirs: Seen, y: Tensor, xs: list[Tensor]) -> None:
     assert theirs.delta is not None
-    with torch.enable_grad():
-        grads = torch.autograd.grad(y, xs, theirs.delta.to(y.dtype), allow_unused=True)
+    grads = torch.autograd.grad(y, xs, theirs.delta.to(y.dtype), allow_unused=True)
     for place, x, grad in zip(theirs.places, xs, grads, strict=True):
         theirs.expected[place.leaf] = torch.zeros_like(x) if grad is None else grad
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from rewire.bypass import direct_uses
 from rewire.diagnose.watch import Node, Pass, Seen
-from rewire.uses import direct_uses
 
 
 class Flow:

@@ -29,12 +29,22 @@ from rewire.convert import feedback, restore
 from rewire.diagnose.formula import Local, fed_back, signal
 from rewire.diagnose.graph import Flow
 from rewire.diagnose.samples import Samples, weighted
-from rewire.diagnose.watch import Buffers, Gradients, Pass, Place, Randomness, Seen, copy_of, take_gradients
+from rewire.diagnose.watch import (
+    Buffers,
+    Gradients,
+    Layer,
+    Pass,
+    Place,
+    Randomness,
+    Seen,
+    copy_of,
+    layers_of,
+    take_gradients,
+)
 from rewire.errors import ConversionError, RoutingError
 from rewire.layers.registry import kind_of
 from rewire.preview import call as call_model
 from rewire.rules.base import BP, DirectRule, LocalRule
-from rewire.swap import state_of
 from rewire.wiring import LayerState
 
 LIVE = "live"
@@ -150,7 +160,7 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
     Example:
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
-    if not any(state_of(module) is not None for module in model.modules()):
+    if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     random = Randomness()
     try:
@@ -174,13 +184,11 @@ class _Verify:
     def result(self) -> Verification:
         """Run everything."""
         title = type(self.model).__name__
-        lost = {n: m for n, m in _layers(self.model).items() if not hasattr(type(m), "_rewired_from")}
+        layers = layers_of(self.model)
+        lost = {name for name, layer in layers.items() if not hasattr(type(layer.module), "_rewired_from")}
         if lost:
-            self.modules = _layers(self.model)
-            self.states = {name: _state(module) for name, module in self.modules.items()}
-            return Verification(
-                title, [self._lost(name, module, name in lost) for name, module in self.modules.items()]
-            )
+            self.layers = layers
+            return Verification(title, [self._lost(name, name in lost) for name in layers])
         try:
             self.ours, gradients = self._as_converted()
         except RoutingError as problem:
@@ -193,21 +201,24 @@ class _Verify:
     def _as_converted(self) -> tuple[Pass, Gradients]:
         model = copy_of(self.model)
         take_gradients(model)
-        self.modules = _layers(model)
-        self.states = states = {name: _state(module) for name, module in self.modules.items()}
+        self.layers = layers_of(model)
+        self.states = states = {name: layer.state for name, layer in self.layers.items()}
         self.cut = {n for n, s in states.items() if s.wiring.skip == "cut" and isinstance(s.rule, DirectRule)}
         buffers = Buffers(model)
-        for _ in range(2):  # roles, then scales: a layer that waited for the first may need the second
+        for _ in range(4):  # roles, then scales; the same random numbers, so that the same layers run each time
+            known = {name for name, state in states.items() if state.settled}
             if any(s.ran for s in states.values()) and all(s.settled for s in states.values() if s.ran):
                 break
             self._plainly(model, buffers)
             for state in states.values():
                 state.wiring.settle_if_alone()
+            if known and known == {name for name, state in states.items() if state.settled}:
+                break
         draws = {state: state.draws for state in states.values()}
         self._again(buffers)
-        ours = Pass(model, self.modules, self.inputs, self.loss_fn, self.cut)
+        ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)
         gradients = ours.backward(last=True)
-        self.used = {name: feedback(module) for name, module in self.modules.items()}
+        self.used = {name: feedback(layer.module) for name, layer in self.layers.items()}
         for state, draw in draws.items():
             state.draws = draw
         off = self._differ(gradients, self._plainly(model, buffers))
@@ -229,9 +240,8 @@ class _Verify:
     def _against_backprop(self, gradients: Gradients) -> None:
         model = copy_of(self.model)
         take_gradients(model)
-        modules = _layers(model)
-        for name, module in modules.items():
-            state = _state(module)
+        layers = layers_of(model)
+        for name, (module, state) in ((name, (layer.module, layer.state)) for name, layer in layers.items()):
             state.wiring.warned_like(self.states[name].wiring)
             state.rule = BP()
             state.refresh()
@@ -239,19 +249,15 @@ class _Verify:
                 for parameter in module.parameters():
                     parameter.requires_grad_()  # or the graph would not show what uses it
         self._again()
-        with Local(self.ours.calls) as local:
-            theirs = Pass(model, modules, self.inputs, self.loss_fn, self.cut, local.before)
+        local = Local(self.ours.calls, self.used)
+        theirs = Pass(model, layers, self.inputs, self.loss_fn, self.cut, local.before)
         self.weights = local.weights
         self._pair(theirs)
 
         plain = theirs.backward()
         self.reached = {call: other.delta is not None for call, other in self.calls.items()}
         self.plain = {place: _filled(other) for place, other in self.twins.items()}
-        weights = {
-            name: [p for p in module.parameters() if p.dim() > 1]
-            for name, module in modules.items()
-            if _state(module).kind.local
-        }
+        weights = {name: _weights(layer) for name, layer in layers.items() if layer.state.kind.local}
         self.flow = Flow(theirs, weights, self._starts)
         self.samples = Samples(theirs, self.flow, {output: list(output.deltas) for output in self.flow.outputs})
         # Their own, because the layers of another conversion may lie between an output layer and the loss; that they
@@ -268,7 +274,7 @@ class _Verify:
                 self.wrong.setdefault(name, "runs another number of times under 'bp'")
             elif not all(_same(a.deltas, b.deltas) for a, b in zip(calls, others, strict=True)):
                 self.wrong.setdefault(name, "the gradient at its output is not what plain autograd brings there")
-        del model, modules, theirs.model
+        del model, layers, theirs.model
 
         model = copy_of(self.model)
         try:
@@ -295,12 +301,28 @@ class _Verify:
 
     def _differ(self, a: Gradients, b: Gradients) -> set[str]:
         """Names of parameters that are trained and have different gradients."""
-        return {name for name in self.trained if not _same([a.get(name)], [b.get(name)])}
+        # Sums that cancel (a key's bias, which softmax does not feel) are as exact as the module's others are large.
+        sizes: dict[str, float] = {}
+        for name, gradient in b.items():
+            if gradient is not None and gradient.numel():
+                owner = name.rpartition(".")[0]
+                sizes[owner] = max(sizes.get(owner, 0.0), float(gradient.abs().max()))
+        return {
+            name
+            for name in self.trained
+            if not _same([a.get(name)], [b.get(name)], sizes.get(name.rpartition(".")[0], 0.0))
+        }
+
+    def _owns(self, name: str, parameter: str) -> bool:
+        kind = self.states[name].kind
+        if kind.part:
+            return parameter == f"{name.removesuffix(kind.part)}{kind.parameter}"
+        return parameter.startswith(f"{name}." if name else "")
 
     def _blame(self, parameters: set[str], why: str) -> set[str]:
         """Say ``why`` of the layers that ``parameters`` belong to; their names."""
-        blamed = {name for name in self.modules for p in parameters if p.startswith(f"{name}." if name else "")}
-        rest = {p for p in parameters if not any(p.startswith(f"{name}." if name else "") for name in blamed)}
+        blamed = {name for name in self.layers for p in parameters if self._owns(name, p)}
+        rest = {p for p in parameters if not any(self._owns(name, p) for name in blamed)}
         for name in blamed:
             self.wrong.setdefault(name, why)
         if rest:
@@ -312,40 +334,47 @@ class _Verify:
 
     def _unrouted(self, problem: RoutingError) -> list[LayerReport]:
         reports = []
-        for name, module in self.modules.items():
+        for name in self.layers:
             here = str(problem).startswith(f"layer {self.states[name].label} ")
             status, note = (UNROUTED, str(problem)) if here else (NOT_RUN, "the pass broke off")
-            reports.append(self._report(name, module, status, note))
+            reports.append(self._report(name, status, note))
         return reports
 
-    def _lost(self, name: str, module: nn.Module, lost: bool) -> LayerReport:
-        gone = f"its class is {type(module).__name__} again: something took the rule off"
-        return self._report(name, module, *((WRONG, gone) if lost else (NOT_RUN, "no pass was run")))
+    def _lost(self, name: str, lost: bool) -> LayerReport:
+        gone = f"its class is {type(self.layers[name].module).__name__} again: something took the rule off"
+        return self._report(name, *((WRONG, gone) if lost else (NOT_RUN, "no pass was run")))
 
-    def _report(self, name: str, module: nn.Module, status: str, why: str, **more: Any) -> LayerReport:
-        cls: type = getattr(type(module), "_rewired_from", type(module))
-        return LayerReport(name, cls.__name__, repr(self.states[name].rule), status, note=why, **more)
+    def _report(self, name: str, status: str, why: str, **more: Any) -> LayerReport:
+        layer = self.layers[name]
+        cls: type = getattr(type(layer.module), "_rewired_from", type(layer.module))
+        return LayerReport(name, cls.__name__, repr(layer.state.rule), status, note=why, **more)
 
     def _reports(self) -> Iterator[LayerReport]:
         inside = tuple(f"{name}." for name, state in self.states.items() if not state.kind.local)
+        by_module: dict[str, list[str]] = {}
+        for name, layer in self.layers.items():
+            by_module.setdefault(name.removesuffix(layer.state.kind.part).removesuffix("."), []).append(name)
         for name, module in self.model.named_modules():
-            if name in self.modules:
-                yield self._layer(name, self.modules[name])
-            elif kind_of(module) is not None and not name.startswith(inside) and not _in_attention(self.model, name):
+            for layer_name in by_module.get(name, []):
+                yield self._layer(layer_name)
+            if name not in by_module and kind_of(module) is not None and not name.startswith(inside):
                 yield LayerReport(name, type(module).__name__, "bp", ON_BACKPROP, note="not converted")
 
-    def _layer(self, name: str, module: nn.Module) -> LayerReport:
+    def _layer(self, name: str) -> LayerReport:
         state, calls = self.states[name], self.ours.calls[name]
+        module = self.layers[name].module
         own = any(p.requires_grad for p in module.parameters()) and any(c.delta is not None for c in calls)
         exact = name not in self.inexact if own else None
 
         def say(verdict: tuple[str, str], cosines: dict[str, float | None] | None = None) -> LayerReport:
             status, note = verdict
-            return self._report(name, module, status, note, weight_exact=exact, **(cosines or {}))
+            return self._report(name, status, note, weight_exact=exact, **(cosines or {}))
 
         wrong = self.wrong.get(name)
         used = name in self.flow.uses
         ran = [call for call in calls if call.delta is not None]
+        if state.lost and state.active:
+            return say((DEAD, state.lost))
         if not calls and used:
             unknown = "its weight is used by another module in a way that is not known; its forward never ran"
             return say((DEAD if state.active else ON_BACKPROP, unknown))
@@ -452,7 +481,8 @@ class _Verify:
         if rule.silent or other is None:
             return total
         used = self.used[call.name]
-        name = state.name if place.index == 0 else f"{state.name}#{place.index}"
+        number = call.first + place.index
+        name = state.name if number == 0 else f"{state.name}#{number}"
         for output in self.flow.downstream(other):
             B = used.get(f"{name}@{output.state.name}", used.get(name))
             for e in self.errors.get(output, []):
@@ -489,20 +519,11 @@ _NOT_THE_RULE = "not what the rule says"
 # -- parts -------------------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if state_of(module) is not None}
-
-
-def _state(module: nn.Module) -> LayerState:
-    state = state_of(module)
-    assert state is not None
-    return state
-
-
-def _in_attention(model: nn.Module, name: str) -> bool:
-    """Whether a module's parent uses its weight itself (``nn.MultiheadAttention``)."""
-    parent = name.rpartition(".")[0]
-    return isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+def _weights(layer: Layer) -> list[Tensor]:
+    """What the layer's operation multiplies by: its weight, or what that is made of."""
+    if layer.state.kind.part:
+        return [getattr(layer.module, layer.state.kind.parameter)]
+    return [p for p in layer.module.parameters() if p.dim() > 1]
 
 
 def _filled(place: Place) -> Tensor:
@@ -510,7 +531,7 @@ def _filled(place: Place) -> Tensor:
     return torch.zeros_like(place.x) if place.handed is None else place.handed
 
 
-def _same(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
+def _same(a: Sequence[Tensor | None], b: Sequence[Tensor | None], size: float = 0.0) -> bool:
     """:func:`close`, where nothing is as good as zeros."""
     if len(a) != len(b):
         return False
@@ -518,17 +539,17 @@ def _same(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
         either = y if x is None else x
         if either is not None:
             zeros = torch.zeros_like(either)
-            if not close([zeros if x is None else x], [zeros if y is None else y]):
+            if not close([zeros if x is None else x], [zeros if y is None else y], size):
                 return False
     return True
 
 
-def close(got: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> bool:
-    """Equal to a few hundred units in the last place of the largest entry."""
+def close(got: Sequence[Tensor | None], wanted: Sequence[Tensor | None], least: float = 0.0) -> bool:
+    """Equal to a few hundred units in the last place of the largest entry, or of ``least``."""
     for a, b in zip(got, wanted, strict=True):
         if a is None or b is None or a.shape != b.shape or not torch.isfinite(a).all():
             return False
-        size = float(b.detach().abs().max()) if b.numel() else 0.0
+        size = max(float(b.detach().abs().max()) if b.numel() else 0.0, least)
         tolerance = 2e3 * torch.finfo(b.dtype).eps if b.dtype.itemsize > 2 else 8 * torch.finfo(b.dtype).eps
         if a.numel() and float((a - b).abs().max()) > tolerance * size:
             return False

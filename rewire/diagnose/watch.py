@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,30 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.passes import backward_id
 from rewire.preview import call as call_model
-from rewire.swap import state_of
+from rewire.swap import states_of
 from rewire.wiring import LayerState
 
 Node = torch.autograd.graph.Node
 Gradients = dict[str, Tensor | None]
+Again = Callable[[Tensor], Callable[[Tensor], Any]]
+"""weight -> (x -> y): a use of a weight by another module, with another weight."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A converted layer. An attention's module may hold several."""
+
+    module: nn.Module
+    state: LayerState
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """All converted layers by qualified name."""
+    return {
+        ".".join(filter(None, (name, state.kind.part))): Layer(module, state)
+        for name, module in model.named_modules()
+        for state in states_of(module)
+    }
 
 
 class Randomness:
@@ -111,6 +131,9 @@ class Seen:
         places: its inputs that get a gradient.
         outputs: its outputs that have a gradient, on the graph.
         deltas: the gradients there in the newest backward.
+        first: number of the first of its inputs, among those that have a feedback of their own.
+        again: for a weight that another module uses directly, how.
+        plain: the weight used is the layer's own, not something made of it.
         draw: number of the redraw its rule made, for rules that redraw.
         expected: what a local rule says is handed back, by argument; empty if it was not computed.
     """
@@ -121,6 +144,9 @@ class Seen:
     places: list[Place] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     deltas: list[Tensor | None] = field(default_factory=list)
+    first: int = 0
+    again: Again | None = None
+    plain: bool = True
     draw: int = 0
     expected: dict[int, Tensor] = field(default_factory=dict)
 
@@ -141,7 +167,7 @@ class Pass:
     Args:
         layers: the layers to watch, by name.
         cut: those whose inputs are walls (``skip="cut"``): watched without a clone, which would be behind the wall.
-        beside: called as ``beside(call, module)`` before the layer runs.
+        beside: called as ``beside(call, layer)`` before the layer runs.
 
     Attributes:
         calls: by layer name, in the order of the forward.
@@ -151,16 +177,16 @@ class Pass:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, Layer],
         inputs: Any,
         loss_fn: Callable[[Any], Tensor],
         cut: Container[str] = (),
-        beside: Callable[[Seen, nn.Module], None] | None = None,
+        beside: Callable[[Seen, Layer], None] | None = None,
     ) -> None:
         self.model = model
         self.calls: dict[str, list[Seen]] = {name: [] for name in layers}
-        self._names = {module: name for name, module in layers.items()}
-        self._running: dict[nn.Module, list[Seen]] = {module: [] for module in layers.values()}
+        self._layers = {layer.state: (name, layer) for name, layer in layers.items()}
+        self._running: list[Seen] = []
         self._cut = cut
         self._beside = beside
         with self._watched(layers.values()):
@@ -190,17 +216,16 @@ class Pass:
     # -- hooks ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _watched(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+    def _watched(self, layers: Iterable[Layer]) -> Iterator[None]:
         hooks: list[Any] = []
-        states: list[LayerState] = []
-        for module in layers:
-            # Last to see the input and first to see the output: whatever the user's own hooks do is outside.
-            hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-            hooks.append(module.register_forward_hook(self._after, with_kwargs=True, prepend=True))
-            state = state_of(module)
-            if state is not None:
-                states.append(state)
-                state.observer = (self._before, self._after)  # for weights that another module uses directly
+        states = [layer.state for layer in layers]
+        for layer in layers:
+            layer.state.observer = (self._before_use, self._after_use)  # for weights that another module uses directly
+            if not layer.state.kind.part:
+                # Last to see the input and first to see the output: whatever the user's own hooks do is outside.
+                before, after = partial(self._before, layer.state), partial(self._after, layer.state, True)
+                hooks.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.append(layer.module.register_forward_hook(after, with_kwargs=True, prepend=True))
         try:
             yield
         finally:
@@ -209,15 +234,34 @@ class Pass:
             for state in states:
                 state.observer = None
 
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _before_use(
+        self, state: LayerState, module: nn.Module, args: Any, kwargs: Any, again: Again, first: int, plain: bool
+    ) -> Any:
+        def use(call: Seen) -> None:
+            call.again, call.first, call.plain = again, first, plain
+
+        return self._before(state, module, args, kwargs, use)
+
+    def _after_use(self, state: LayerState, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._after(state, False, module, args, kwargs, output)
+
+    def _before(
+        self,
+        state: LayerState,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        use: Callable[[Seen], None] | None = None,
+    ) -> Any:
         if backward_id() != -1:
             return args, kwargs  # checkpointing: the same call once more
-        state = state_of(module)
-        assert state is not None
+        name, layer = self._layers[state]
         leaves, spec = tree_flatten((args, kwargs))
-        call = Seen(self._names[module], state, None)
+        call = Seen(name, state, None)
+        if use is not None:
+            use(call)
         kept: list[Any] = list(leaves)
-        walls = call.name in self._cut
+        walls = name in self._cut
         for i, x in enumerate(leaves):
             if not isinstance(x, Tensor):
                 continue
@@ -239,15 +283,17 @@ class Pass:
                 _hook(x, place)
             call.places.append(place)
         call.args = tree_unflatten(kept, spec)
-        self._running[module].append(call)
+        self._running.append(call)
         if self._beside is not None:
-            self._beside(call, module)
+            self._beside(call, layer)
         return tree_unflatten(leaves, spec)
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _after(self, state: LayerState, passed_on: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if backward_id() != -1:
             return output
-        call = self._running[module].pop()
+        call = self._running.pop()
+        while call.state is not state:
+            call = self._running.pop()  # calls that an exception ended, which the model caught
         walled = [place for place in call.places if place.shared is not place]
         for place, x in zip(walled, call.outputs, strict=True):
             _hook(x, place)
@@ -257,7 +303,7 @@ class Pass:
         leaves, spec = tree_flatten(output)
         for i, y in enumerate(leaves):
             if isinstance(y, Tensor) and y.requires_grad:
-                if not call.state.functional:  # what is returned to an observer is not passed on
+                if passed_on:
                     y = leaves[i] = y.clone()
                 call.outputs.append(y)
                 _hook(y, _put(call, len(call.outputs) - 1))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewire import operations
+from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 
 
@@ -33,6 +34,10 @@ class Convolution(_Spatial):
         backward: BackwardWeight,
     ) -> Tensor:
         (x,) = (*args, *kwargs.values())
+        if exchangeable():
+            y: Tensor = forward(module, x)
+            if not x.requires_grad or exchange(y, backward, transposed=False):
+                return y
         weight = self.weight(module)
         if module.padding_mode == "zeros":
             x, padding = same_padding(x, module.padding, module.kernel_size, module.dilation)
@@ -69,6 +74,10 @@ class TransposedConvolution(_Spatial):
         backward: BackwardWeight,
     ) -> Tensor:
         x, output_size = _transposed_arguments(*args, **kwargs)
+        if exchangeable():
+            y: Tensor = forward(module, x, output_size)
+            if not x.requires_grad or exchange(y, backward, transposed=False):
+                return y
         weight = self.weight(module)
         if module.padding_mode != "zeros":
             raise ValueError("Only `zeros` padding mode is supported for ConvTranspose")

@@ -15,10 +15,14 @@ class Kind:
     Attributes:
         title: for tables.
         local: whether local rules are possible: whether there is a weight to replace.
+        parameter: name of the weight.
+        part: name of the layer within its module, where a module holds several.
     """
 
     title = "layer"
     local = True
+    parameter = "weight"
+    part = ""
 
     def axis(self, dims: int) -> int:
         """Dimension of an input or output with ``dims`` dimensions that holds the features.
@@ -29,7 +33,7 @@ class Kind:
 
     def weight(self, module: nn.Module) -> Tensor:
         """W as the layer uses it: a plain Parameter or what a parametrization makes of it."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight: Tensor = getattr(module, self.parameter)
         return weight
 
     def look(self, module: nn.Module) -> Tensor:
@@ -37,10 +41,10 @@ class Kind:
 
         Spectral norm takes a step of its power iteration whenever the weight is asked for in training.
         """
-        if not is_parametrized(module, "weight"):
+        if not is_parametrized(module, self.parameter):
             return self.weight(module).detach()
         parametrizations: Any = module.parametrizations
-        training = [m for m in parametrizations["weight"].modules() if m.training]
+        training = [m for m in parametrizations[self.parameter].modules() if m.training]
         for m in training:
             m.training = False
         try:

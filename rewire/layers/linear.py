@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rewire import operations
+from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 
 
@@ -26,9 +27,13 @@ class Linear(Kind):
         kwargs: dict[str, Any],
         backward: BackwardWeight,
     ) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        if exchangeable():
+            y: Tensor = forward(module, *args, **kwargs)
+            if not x.requires_grad or exchange(y, backward, transposed=False):
+                return y
         weight = self.weight(module)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
-        (x,) = (*args, *kwargs.values())
         return operations.linear(x, weight, bias, backward.random(weight), backward.combine, backward.keep)
 
 
@@ -43,6 +48,11 @@ class TransposedLinear(Linear):
         kwargs: dict[str, Any],
         backward: BackwardWeight,
     ) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        if exchangeable():
+            y: Tensor = forward(module, *args, **kwargs)
+            if not x.requires_grad or exchange(y, backward, transposed=True):
+                return y
         weight = self.weight(module)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         random = backward.random(weight)
@@ -50,6 +60,5 @@ class TransposedLinear(Linear):
         def combine(w: Tensor | None, r: Tensor | None) -> Tensor:
             return backward.combine(None if w is None else w.t(), None if r is None else r.t()).t()
 
-        (x,) = (*args, *kwargs.values())
         flipped = None if random is None else random.t()
         return operations.linear(x, weight.t(), bias, flipped, combine, backward.keep)

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from rewire import operations
 from rewire.errors import PassError
+from rewire.exchange import exchange_within, exchangeable
 from rewire.layers.convolution import same_padding
 from rewire.layers.kinds import BackwardWeight, Kind
 
@@ -42,9 +44,18 @@ class OwnForward(Kind):
     ) -> Any:
         shape = self.look(module).shape
         others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
-        with _Replace(shape, others, backward) as replaced:
+        if not exchangeable():
+            with _Replace(shape, others, backward) as replaced:
+                y = forward(module, *args, **kwargs)
+            count = replaced.count
+        else:
             y = forward(module, *args, **kwargs)
-        if not replaced.count:
+            inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.requires_grad]
+            outputs = [t for t in tree_flatten(y)[0] if isinstance(t, Tensor) and t.requires_grad]
+            if not inputs:
+                return y
+            count = exchange_within(outputs, inputs, shape, others, backward)
+        if not count:
             raise PassError(
                 f"the forward of {type(module).__name__} never used a weight of shape "
                 f"{tuple(shape)} in a linear operation or convolution, so a local rule has "

@@ -1,0 +1,108 @@
+"""Attention by ``F.multi_head_attention_forward``, as in ``nn.MultiheadAttention``.
+
+Its projections are linear layers, but none of them is called as a module: the function is given their weights. So
+the function's own code is run with its linear operations exchanged for calls of the layers they belong to. The
+weight ``in_proj_weight`` (or ``q_proj_weight`` and so on) of an ``nn.MultiheadAttention`` is a layer in its own right,
+named like the parameter without ``_weight``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rewire.layers.kinds import Kind
+
+FUNCTION = F.multi_head_attention_forward
+_PARAMETERS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+# The functions in which FUNCTION multiplies inputs by weights.
+_INSIDE = ("_in_projection_packed", "_in_projection")
+
+
+class Projection(Kind):
+    """A linear operation whose weight (out, in) is a parameter of an attention: always run as a use of it."""
+
+    title = "projection of an attention"
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+        self.part = parameter.removesuffix("_weight")
+
+    def axis(self, dims: int) -> int:
+        return -1
+
+
+def projections(module: nn.MultiheadAttention) -> dict[str, Projection]:
+    """The projections of ``module`` that are no modules of their own, by name."""
+    return {
+        parameter.removesuffix("_weight"): Projection(parameter)
+        for parameter in _PARAMETERS
+        if module._parameters.get(parameter) is not None
+    }
+
+
+@dataclass(frozen=True)
+class Seat:
+    """How a tensor inside the function, (T, N, E) or (T·N, E), lies in the model around it.
+
+    Attributes:
+        batch: N.
+        batched: whether the model's tensors have a batch dimension.
+        batch_first: whether it is in front.
+    """
+
+    batch: int
+    batched: bool
+    batch_first: bool
+
+    def outer(self, x: Tensor) -> Tensor:
+        """x as the model has it, which is what feedback is found for."""
+        if x.dim() == 2:
+            x = x.view(-1, self.batch, x.shape[-1])
+        if not self.batched:
+            return x.squeeze(1)
+        return x.transpose(0, 1) if self.batch_first else x
+
+    def inner(self, x: Tensor, dims: int) -> Tensor:
+        """The inverse of :meth:`outer`, with ``dims`` dimensions."""
+        if not self.batched:
+            x = x.unsqueeze(1)
+        elif self.batch_first:
+            x = x.transpose(0, 1)
+        return x.reshape(-1, x.shape[-1]) if dims == 2 else x
+
+
+def attend(operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch_first: bool) -> Any:
+    """``F.multi_head_attention_forward(*args, **kwargs)``, with ``operation`` in place of its ``F.linear``.
+
+    Args:
+        operation: (function, args, kwargs, seat) -> result.
+        batch_first: whether the module around the function turned (N, T, E) into the function's (T, N, E).
+    """
+    query: Tensor = args[0] if args else kwargs["query"]
+    batched = query.dim() == 3
+    seat = Seat(query.shape[1] if batched else 1, batched, batch_first)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        return operation(F.linear, (x, weight, bias), {}, seat)
+
+    return _with(linear)(*args, **kwargs)
+
+
+def _with(linear: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's function, in a namespace where ``linear`` is ours and overrides have been seen to already."""
+    namespace = {**vars(F), "linear": linear, "has_torch_function": lambda tensors: False}
+    for name in _INSIDE:
+        namespace[name] = _in(namespace, vars(F)[name])
+    return _in(namespace, FUNCTION)
+
+
+def _in(namespace: dict[str, Any], function: Any) -> FunctionType:
+    made = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
