@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewire.picks import Pick
 from rewire.rules.base import DirectRule
 
 if TYPE_CHECKING:
@@ -113,11 +114,12 @@ class Call:
         errors: shared with the ports; every output layer downstream adds its e.
         own: errors at its own outputs, if it is (or may be) an output layer.
         feeders: for a layer with errors of its own: all calls upstream of it, so that no walk is done twice.
+        pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
     """
 
-    __slots__ = ("errors", "feeders", "index", "inputs", "own", "ports", "sources", "state", "tickets")
+    __slots__ = ("errors", "feeders", "index", "inputs", "own", "pick", "ports", "sources", "state", "tickets")
 
     def __init__(
         self,
@@ -134,6 +136,7 @@ class Call:
         self.errors = errors
         self.own: list[OutputError] = []
         self.feeders: list[Call] = []
+        self.pick: Pick | None = None
         self.inputs: list[Tensor] = []
         self.index = 0
 
@@ -157,6 +160,12 @@ def call_at(y: Tensor) -> Call | None:
 def call_sources(node: Node) -> Iterable[Node] | None:
     """Where a look at what lies between calls ends: at calls, each of which looks further itself."""
     return () if CALL in metadata(node) else None
+
+
+def picked(node: Node) -> Pick | None:
+    """How the rows of the call whose output ``node`` is were picked; KeyError if it is no call's."""
+    call: Call = metadata(node)[CALL]
+    return call.pick
 
 
 def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:

@@ -20,7 +20,8 @@ from rewire.bypass import direct_uses
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
 from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight, Kind
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, upstream
+from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, picked, upstream
+from rewire.picks import Pick, Unclear, pick_of
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role
@@ -86,7 +87,9 @@ def _run(
         return output
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
-    return _finish(state, output, _sources(args, kwargs), [], [], 0)
+    x = args[0] if args else None
+    pick = _pick(state, x) if state.role is Role.UNKNOWN and state.active and isinstance(x, Tensor) else None
+    return _finish(state, output, _sources(args, kwargs), [], [], 0, pick)
 
 
 def steady(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
@@ -99,7 +102,7 @@ def steady(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) ->
         return run(state, module, forward, (x,), {})
     node = x.grad_fn
     errors: list[OutputError] = []
-    ticket = port(x, (state, state.rule, errors, 0, None))
+    ticket = port(x, (state, state.rule, errors, 0, None, None))
     y = forward(module, x.detach())
     call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
@@ -168,12 +171,13 @@ def _direct(
         if not x.requires_grad:
             return _finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
-        feed = (state, rule, errors, index, _wall(state, rule, x))
+        pick = _pick(state, x) if state.picks or state.role is Role.UNKNOWN else None
+        feed = (state, rule, errors, index, _wall(state, rule, x), pick)
         sources = [] if node is None else [node]
         if state.settled:
             ticket = port(x, feed)
-            return _finish(state, forward(module, x.detach()), sources, [ticket], errors, 1)
-        return _finish(state, forward(module, probe(x, feed)), sources, [], errors, 1)
+            return _finish(state, forward(module, x.detach()), sources, [ticket], errors, 1, pick)
+        return _finish(state, forward(module, probe(x, feed)), sources, [], errors, 1, pick)
 
     leaves, spec = tree_flatten((args, kwargs))
     tickets: list[Tensor] = []
@@ -183,7 +187,7 @@ def _direct(
         if isinstance(x, Tensor) and x.requires_grad:
             if x.grad_fn is not None:
                 sources.append(x.grad_fn)
-            feed = (state, rule, errors, index + ports, _wall(state, rule, x))
+            feed = (state, rule, errors, index + ports, _wall(state, rule, x), None)
             if state.settled:
                 tickets.append(port(x, feed))
                 leaves[i] = x.detach()
@@ -206,11 +210,32 @@ def _finish(
     tickets: list[Tensor],
     errors: list[OutputError],
     ports: int,
+    pick: Pick | None = None,
 ) -> Any:
     """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
     call = Call(state, sources, tickets, errors, ports)
+    call.pick = pick
     joins = state.joins
     return _mark(state, call, output, joins) if isinstance(output, Tensor) else _mark_all(state, call, output, joins)
+
+
+def _pick(state: LayerState, x: Tensor) -> Pick | None:
+    """How the rows of x were picked from the batch, if they were."""
+    try:
+        pick = pick_of(x, picked)
+    except Unclear:
+        state.wiring.warn_once(
+            f"rows:{state.name}",
+            f"layer {state.label}: rows of its input are picked from the batch by an index that could not be followed, "
+            "so feedback may come from other samples' errors than their own. rewire.verify shows whether it does; a "
+            f"local rule, layers={{{state.name!r}: 'fa'}}, or the module around it as a block, blocks=[...], needs "
+            "no index",
+        )
+        return None
+    if pick is not None and not state.picks:
+        state.picks = True
+        state.refresh()
+    return pick
 
 
 def _mark_all(state: LayerState, call: Call, output: Any, joins: bool) -> Any:

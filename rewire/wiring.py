@@ -22,6 +22,7 @@ from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
+from rewire.picks import Pick
 from rewire.routing import Reading, Route, route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 
@@ -219,6 +220,7 @@ class LayerState:
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        picks: its input was seen to be rows picked from the batch by index.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.
         observer: called before and after each such use, as forward hooks are around a forward.
@@ -245,6 +247,7 @@ class LayerState:
         self.watched = False
         self.busy: set[int] = set()
         self.lost = ""
+        self.picks = False
         self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
@@ -308,7 +311,7 @@ class LayerState:
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and direct and self.role is Role.HIDDEN
-        self.steady = hidden and self.wiring.skip == "keep" and not self.watched
+        self.steady = hidden and self.wiring.skip == "keep" and not self.watched and not self.picks
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
@@ -492,11 +495,16 @@ class LayerState:
                 found[output, index] = self.direct_feedback(output, index, shape, like.dtype, like.device)
         return found
 
-    def measure(self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor) -> None:
+    def measure(
+        self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor, pick: Pick | None
+    ) -> None:
         """Note how large the exact gradient is, and how large unit feedback would be, on this pass."""
-        fed = self.hand_back(rule, errors, index, exact.shape, exact.dtype, exact.device)
+        shape = exact.shape if pick is None else pick.whole(exact.shape)
+        fed = self.hand_back(rule, errors, index, shape, exact.dtype, exact.device)
         if fed is None:
             return
+        if pick is not None:
+            fed = pick(fed)
         # float64: squares of tiny float16 or bfloat16 gradients must not vanish.
         sums = torch.stack([exact.detach().double().square().sum(), fed.detach().double().square().sum()]).tolist()
         before = self.sums or (0.0, 0.0)

@@ -344,7 +344,10 @@ class Shuffled(nn.Module):
         return self.head(torch.zeros_like(h).index_copy(0, order, h))
 
 
-def test_rows_in_another_order_are_wrong():
+def test_rows_in_another_order_are_wrong(monkeypatch):
+    assert rewire.verify(made(Shuffled), X, loss_of).ok  # the index is found, and followed
+    monkeypatch.setattr(run, "_pick", lambda state, x: None)
+    monkeypatch.setattr("rewire.diagnose.watch.pick_of", lambda x, known: None)
     result = check(made(Shuffled), "body", status={"wrong"})
     assert statuses(result)["head"] == "live"
     assert rewire.verify(made(Shuffled, "fa"), X, loss_of).ok
@@ -373,6 +376,19 @@ def test_sequences_read_the_wrong_way_round_are_wrong():
     check(wrong, "mid", inputs=x, loss=loss, status={"wrong"})
     right = made(SequenceFirst, DFA(layout="sequence_first"), layers={"head": "bp"})
     assert rewire.verify(right, x, loss).ok
+
+
+def test_an_index_that_cannot_be_followed_is_said():
+    class Twisted(Shuffled):
+        def forward(self, x):
+            order = torch.tensor([3, 1, 0, 5, 2, 4])
+            h = torch.tanh(self.first(x))
+            h = torch.tanh(self.body(h[order] + h))  # two samples in each row
+            return self.head(torch.zeros_like(h).index_copy(0, order, h))
+
+    model = made(Twisted)
+    with pytest.warns(rewire.RewireWarning, match="'body'.*picked from the batch"):
+        loss_of(model(X)).backward()
 
 
 # -- weights used directly ------------------------------------------------------------------------------------

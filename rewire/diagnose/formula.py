@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rewire.diagnose.watch import Layer, Place, Randomness, Seen
+from rewire.diagnose.watch import Layer, Randomness, Seen
 from rewire.errors import RoutingError
 from rewire.feedback import standard_normal
 from rewire.routing import route_to
@@ -43,21 +43,21 @@ def signal(rule: DirectRule, e: Tensor, axis: int) -> Tensor:
 
 
 def fed_back(
-    state: LayerState, rule: DirectRule, place: Place, output: LayerState, sent: Tensor, B: Tensor
+    state: LayerState, rule: DirectRule, shape: torch.Size, output: LayerState, sent: Tensor, B: Tensor
 ) -> Tensor | None:
-    """``sent B`` as a gradient for the input at ``place``; None if there is no way."""
-    axes = state.kind.axis(place.x.dim()), output.kind.axis(sent.dim())
+    """``sent B`` as a gradient for an input of ``shape``; None if there is no way."""
+    axes = state.kind.axis(len(shape)), output.kind.axis(sent.dim())
     if B.shape[0] != sent.shape[axes[1]]:
         return None
     sent = sent.to(B.dtype)
     if "sequence_first" not in (rule.layout, state.layout) and not (state.order and any(state.order)):
-        plain = _plainly(sent, B, place.x.shape, axes)
+        plain = _plainly(sent, B, shape, axes)
         if plain is not None:
-            return plain.to(place.x.dtype)
+            return plain
     above = output.rule
     try:
         route = route_to(
-            tuple(place.x.shape),
+            tuple(shape),
             axes[0],
             tuple(sent.shape),
             axes[1],
@@ -69,7 +69,7 @@ def fed_back(
         )
     except RoutingError:
         return None
-    return route(sent, B).to(place.x.dtype) if B.shape == route.feedback_shape else None
+    return route(sent, B) if B.shape == route.feedback_shape else None
 
 
 def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tensor | None:

@@ -492,10 +492,12 @@ class _Verify:
                 sent = signal(rule, e, axis)
                 if dim is not None:
                     sent = weighted(sent, axis, dim)
-                fed = None if B is None else fed_back(state, rule, place, self.states[output.name], sent, B)
+                shape, pick = place.x.shape, other.pick
+                whole = shape if pick is None else pick.whole(shape)
+                fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
                 if fed is None:
                     return None
-                total = total + fed
+                total = total + (fed if pick is None else pick(fed)).to(total.dtype)
         return total
 
     def _astray(self, call: Seen, place: Place, fed: Tensor | None) -> bool:

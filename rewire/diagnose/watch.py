@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.passes import backward_id
+from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
 from rewire.swap import states_of
 from rewire.wiring import LayerState
@@ -134,6 +135,7 @@ class Seen:
         first: number of the first of its inputs, among those that have a feedback of their own.
         again: for a weight that another module uses directly, how.
         plain: the weight used is the layer's own, not something made of it.
+        pick: how the rows of its input were picked from the batch, if they were.
         draw: number of the redraw its rule made, for rules that redraw.
         expected: what a local rule says is handed back, by argument; empty if it was not computed.
     """
@@ -147,6 +149,7 @@ class Seen:
     first: int = 0
     again: Again | None = None
     plain: bool = True
+    pick: Pick | None = None
     draw: int = 0
     expected: dict[int, Tensor] = field(default_factory=dict)
 
@@ -187,6 +190,7 @@ class Pass:
         self.calls: dict[str, list[Seen]] = {name: [] for name in layers}
         self._layers = {layer.state: (name, layer) for name, layer in layers.items()}
         self._running: list[Seen] = []
+        self._at: dict[Node, Seen] = {}
         self._cut = cut
         self._beside = beside
         with self._watched(layers.values()):
@@ -206,6 +210,7 @@ class Pass:
         run: Callable[..., None] = torch.autograd.backward
         run([self.loss] if roots is None else list(roots), gradients and list(gradients), retain_graph=not last)
         if last:
+            self._at = {}
             self.loss = self.loss.detach()
             for call in self:
                 call.outputs = [y.detach() for y in call.outputs]
@@ -260,6 +265,9 @@ class Pass:
         call = Seen(name, state, None)
         if use is not None:
             use(call)
+        if leaves and isinstance(leaves[0], Tensor):
+            with suppress(Unclear):
+                call.pick = pick_of(leaves[0], lambda node: self._at[node].pick)
         kept: list[Any] = list(leaves)
         walls = name in self._cut
         for i, x in enumerate(leaves):
@@ -306,6 +314,8 @@ class Pass:
                 if passed_on:
                     y = leaves[i] = y.clone()
                 call.outputs.append(y)
+                if y.grad_fn is not None:
+                    self._at[y.grad_fn] = call
                 _hook(y, _put(call, len(call.outputs) - 1))
         call.deltas = [None] * len(call.outputs)
         return tree_unflatten(leaves, spec)

@@ -87,16 +87,8 @@ def test_one_loss_of_two(rule):
 # -- named wrongly --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("asked", "seen", "proposal"),
-    [
-        ("body", "one", "output='one'"),
-        ("neck", "one", "output=['neck', 'one']"),
-        ("one", "two", "output=['one', 'two']"),
-        (["one", "neck"], "two", "output=['one', 'neck', 'two']"),
-    ],
-)
-def test_a_wrong_output_is_refused_with_what_to_write(asked, seen, proposal):
+@pytest.mark.parametrize("asked", ["body", "neck", "one", ["one", "neck"]])
+def test_a_wrong_output_is_refused_with_what_to_write(asked):
     model = rewire.convert(build(Heads), "dfa", output=asked)
     with pytest.raises(rewire.PassError) as caught:
         one_pass(model, X, loss)
@@ -108,6 +100,7 @@ def test_a_wrong_output_is_refused_with_what_to_write(asked, seen, proposal):
         said = message.split("the loss sees the output of layer ")[1].split(",")[0].strip("'")
         assert said in ("one", "two")
         named.append(said)
+        assert f"output={named!r}" in message
         model = rewire.convert(build(Heads), "dfa", output=named)
         try:
             one_pass(model, X, loss)
@@ -119,7 +112,6 @@ def test_a_wrong_output_is_refused_with_what_to_write(asked, seen, proposal):
     for _ in range(2):
         one_pass(model, X, loss)
     assert rewire.verify(model, X, loss).ok
-    assert proposal and seen in named
 
 
 def test_a_name_that_no_layer_has_is_refused_at_once():
