@@ -84,24 +84,32 @@ def chunks(
     draw: int = 0,
     total: int | None = None,
     out: Numbers | None = None,
+    reuse: bool = False,
 ) -> Iterator[tuple[int, Numbers]]:
-    """(start, numbers) of one chunk after the other; only the newest is held.
+    """(start, numbers) of one chunk after the other.
 
     Args:
         shape: that the streams are keyed with.
-        total: how many numbers; None: as many as ``shape`` holds.
+        total: how many numbers; None: as many as ``shape`` holds. More of them begin with the same ones.
         out: where to put them, all of them one after the other; None: a new array for each chunk.
+        reuse: one array for all chunks, written over for the next one.
     """
     total = math.prod(shape) if total is None else total
     fill = DISTRIBUTIONS[distribution]
+    buffer = np.empty(min(CHUNK, total), dtype=np.float32) if reuse else None
     for chunk, start in enumerate(range(0, total, CHUNK)):
         stop = min(start + CHUNK, total)
-        numbers = np.empty(stop - start, dtype=np.float32) if out is None else out[start:stop]
+        if out is not None:
+            numbers = out[start:stop]
+        elif buffer is not None:
+            numbers = buffer[: stop - start]
+        else:
+            numbers = np.empty(stop - start, dtype=np.float32)
         fill(generator(seed, name, shape, distribution, draw=draw, chunk=chunk), numbers)
         yield start, numbers
 
 
-def standard(
+def drawn(
     shape: Sequence[int],
     *,
     seed: int,
@@ -109,8 +117,16 @@ def standard(
     distribution: str = "normal",
     draw: int = 0,
     total: int | None = None,
-) -> Tensor:
-    """Independent numbers of mean 0 and standard deviation 1, float32, on the CPU.
+) -> Numbers:
+    """All :func:`chunks`, as one array of one dimension."""
+    flat = np.empty(math.prod(shape) if total is None else total, dtype=np.float32)
+    for _ in chunks(shape, seed=seed, name=name, distribution=distribution, draw=draw, total=total, out=flat):
+        pass
+    return flat
+
+
+def standard(shape: Sequence[int], *, seed: int, name: str, distribution: str = "normal", draw: int = 0) -> Tensor:
+    """Independent numbers of mean 0 and standard deviation 1, of ``shape``, float32, on the CPU.
 
     Args:
         shape: of the tensor.
@@ -118,13 +134,8 @@ def standard(
         name: the layer's qualified name.
         distribution: one of ``DISTRIBUTIONS``.
         draw: number of the redraw, for rules whose feedback is drawn anew each pass.
-        total: draw so many numbers as one vector instead; ``shape`` only keys the streams. A longer vector
-            begins with the numbers of a shorter one.
     """
-    flat = np.empty(math.prod(shape) if total is None else total, dtype=np.float32)
-    for _ in chunks(shape, seed=seed, name=name, distribution=distribution, draw=draw, total=total, out=flat):
-        pass
-    return tensor(flat) if total is not None else tensor(flat).reshape(tuple(shape))
+    return tensor(drawn(shape, seed=seed, name=name, distribution=distribution, draw=draw)).reshape(tuple(shape))
 
 
 def standard_normal(shape: Sequence[int], *, seed: int, name: str, draw: int = 0) -> Tensor:

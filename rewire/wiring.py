@@ -369,7 +369,8 @@ class LayerState:
 
     def structure(self, rule: Rule | None = None) -> Structure:
         """Of the feedback under ``rule``; None: the layer's own."""
-        own = getattr(self.rule if rule is None else rule, "feedback", None)
+        rule = self.rule if rule is None else rule
+        own = rule.feedback if isinstance(rule, DirectRule) else None
         return self.wiring.structure if own is None else resolve(own)
 
     def _find(

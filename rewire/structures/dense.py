@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewire.feedback import TERNARY, standard, standard_normal, tensor
+from rewire.feedback import TERNARY, drawn, standard, tensor
 from rewire.structures.base import Feedback, Place, Shape, Structure, check_distribution, features
 
 # Distributions with entries -a, 0 and a, and their a at standard deviation 1.
@@ -93,7 +93,7 @@ def semi_orthogonal(shape: Shape, *, seed: int, name: str) -> Tensor:
     """
     n, columns = shape[0], features(shape)
     tall = (columns, n) if n <= columns else (n, columns)
-    numbers = standard_normal(tall, seed=seed, name=f"{name}|orthogonal").double().numpy()
+    numbers = drawn(tall, seed=seed, name=f"{name}|orthogonal").astype(np.float64).reshape(tall)
     q, r = np.linalg.qr(numbers)
     q *= np.where(np.diagonal(r) < 0, -1.0, 1.0) * math.sqrt(tall[0])
     return tensor(np.ascontiguousarray(q.T if n <= columns else q, dtype=np.float32)).reshape(shape)

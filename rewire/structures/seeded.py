@@ -17,8 +17,9 @@ from rewire.structures.base import Feedback, Place, Shape, Structure, check_dist
 class Seeded(Structure):
     """``e B`` with the very B of :class:`Dense` (same seed, distribution and ``per``), of which nothing is kept.
 
-    In every backward B is drawn again, one tile of ``rewire.feedback.CHUNK`` numbers after the other, so memory
-    is that of one tile. Time is that of drawing B: worth it where B does not fit, not otherwise.
+    In every backward B is drawn again, one tile of 2²⁰ numbers after the other, so memory is that of one tile (and
+    of its copy, in another dtype than float32 or on another device). Time is that of drawing B: worth it where B
+    does not fit, not otherwise.
 
     Args:
         distribution: normal, uniform, binary or ternary.
@@ -55,16 +56,28 @@ class Tiles(Feedback):
 
     def _tiles(self) -> Iterator[tuple[int, Tensor]]:
         """(start, entries) of B in C order, flattened."""
-        for start, numbers in chunks(self.shape, seed=self.seed, name=self.name, distribution=self.distribution):
+        # A graph of the backward itself (create_graph) keeps every tile; otherwise one is enough.
+        for start, numbers in chunks(
+            self.shape,
+            seed=self.seed,
+            name=self.name,
+            distribution=self.distribution,
+            reuse=not torch.is_grad_enabled(),
+        ):
             yield start, tensor(numbers).mul_(self.scale).to(device=self.device, dtype=self.dtype)
 
     def __call__(self, rows: Tensor) -> Tensor:
         columns = features(self.shape)
         out = rows.new_zeros(rows.shape[0], columns)
+        batched = torch._C._are_functorch_transforms_active()  # addmm_ has no batching rule
         for start, tile in self._tiles():
             for row, column, block in blocks(start, tile, columns):
                 part = out if block.shape[1] == columns else out.narrow(1, column, block.shape[1])
-                part.addmm_(rows.narrow(1, row, block.shape[0]), block)
+                heard = rows.narrow(1, row, block.shape[0])
+                if batched:
+                    part.add_(heard @ block)
+                else:
+                    part.addmm_(heard, block)
         return out
 
     def dense(self) -> Tensor:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rewire.feedback import standard
+from rewire.feedback import drawn, tensor
 from rewire.structures.base import Cache, Feedback, Place, Shape, Structure, check_distribution, features
 
 
@@ -75,10 +75,10 @@ class Matrix:
     def widen(self, columns: int) -> None:
         """Have at least so many columns."""
         if columns > len(self.columns):
-            unit = standard(
+            unit = drawn(
                 (self.n,), seed=self.seed, name=self.name, distribution=self.distribution, total=columns * self.n
             )
-            self.columns = unit.reshape(columns, self.n).to(self.columns)
+            self.columns = tensor(unit).reshape(columns, self.n).to(self.columns)
 
     def __call__(self, signal: Tensor, axis: int) -> Tensor:
         signal = signal.to(self.columns.dtype)
