@@ -285,15 +285,12 @@ def test_several_outputs_have_feedback_of_their_own(structure):
 
 @every
 def test_every_structure_is_verified_and_a_wrong_one_is_found(structure, monkeypatch):
-    model = convert(seeded(cnn), structure)
+    model, x = convert(seeded(cnn), structure), randn(5, 2, 7, 7)
     loss = lambda y: y.square().sum()  # noqa: E731
-    assert rewire.verify(model, randn(5, 2, 7, 7), loss).ok
-    for cls in (Feedback, *Feedback.__subclasses__()):
-        if "__call__" in vars(cls):
-            monkeypatch.setattr(cls, "__call__", lambda self, rows, real=cls.__call__: real(self, rows) * 1.01)
-    monkeypatch.setattr(torch, "mm", lambda a, b, real=torch.mm: real(a, b) * 1.01)
-    used_tensor = isinstance(next(iter(_made(model, randn(5, 2, 7, 7)))), torch.Tensor)
-    assert used_tensor or not rewire.verify(model, randn(5, 2, 7, 7), loss).ok
+    assert rewire.verify(model, x, loss).ok
+    for cls in {type(B) for B in _made(model, x) if isinstance(B, Feedback)}:
+        monkeypatch.setattr(cls, "__call__", lambda self, rows, real=cls.__call__: real(self, rows) * 1.01)
+        assert not rewire.verify(model, x, loss).ok
 
 
 def _made(model, x):
@@ -355,6 +352,18 @@ def test_gradients_of_gradients_see_the_same_b(structure, chunk, monkeypatch):
     h = torch.tanh(model[0](x)).detach()
     B = rewire.feedback(model)["2"] if chunk == 5 else B_of(structure, "2", (8, 7))
     close(second, ((6 * y.detach()) * ((1 - h**2) @ B.T)).sum(0))
+
+
+def test_a_graph_of_the_backward_keeps_every_tile(monkeypatch):
+    """float32 on the CPU, where a tile is used in place."""
+    monkeypatch.setattr(sys.modules["rewire.feedback"], "CHUNK", 5)
+    found = []
+    for structure in ("dense", "seeded"):
+        model = convert(seeded(chain, 5, 7, 8).float(), structure, output="2")
+        y = model(randn(9, 5).float())
+        (g,) = torch.autograd.grad((y**3).sum(), model[0].bias, create_graph=True)
+        found.append(torch.autograd.grad(g.sum(), model[2].bias)[0])
+    close(*found)
 
 
 # -- distributions -----------------------------------------------------------------------------------
@@ -489,10 +498,10 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_memory_of_seeded_is_one_tile(monkeypatch):
-    monkeypatch.setattr(sys.modules["rewire.feedback"], "CHUNK", 10_000)
+    monkeypatch.setattr(sys.modules["rewire.feedback"], "CHUNK", 100_000)
     peaks = {}
     for structure in ("seeded", "dense"):
-        model = rewire.convert(chain(3, 500, 400), "dfa", feedback=structure, scale=SCALE)
+        model = rewire.convert(chain(3, 2000, 500), "dfa", feedback=structure, scale=SCALE)
         x = torch.randn(2, 3)
         model(x).square().sum().backward()  # finds the output layer
         loss = model(x).square().sum()
@@ -504,8 +513,8 @@ def test_the_memory_of_seeded_is_one_tile(monkeypatch):
             torch.autograd.grad(loss, model[0].weight)
         peaks[structure] = max(largest.bytes, tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks["dense"] >= 500 * 400 * 4  # the instrument sees a B
-    assert peaks["seeded"] <= 1.5 * 10_000 * 4
+    assert peaks["dense"] >= 500 * 2000 * 4  # the instrument sees a B
+    assert peaks["seeded"] <= 1.2 * 100_000 * 4
 
 
 # -- bytes -------------------------------------------------------------------------------------------
@@ -807,10 +816,8 @@ def test_e_is_let_go_after_the_pass():
     for _ in range(2):
         loss = model(randn(9, 5)).square().sum()
         loss.backward(retain_graph=True)
-    from rewire.passes import call_at
-
     found = [call for node in _nodes(loss) if (call := node.metadata.get("rewire.call")) is not None]
-    assert call_at is not None and found
+    assert found
     assert all(error.shared == {} and error.error is None for call in found for error in [*call.errors, *call.own])
 
 
