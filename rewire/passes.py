@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rewire.rules.base import DirectRule
+from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
     from rewire.wiring import LayerState
@@ -35,6 +36,7 @@ class OutputError:
     Attributes:
         state: the output layer.
         axis: dimension of e with the n output features.
+        shared: what structures of feedback make of e once per pass, for all layers.
         above: errors further downstream. If a gradient came from one of them, this layer was not where the
             loss looked, and e here counts for nobody: neither then nor in later backwards of the pass.
         ports: how many inputs of upstream calls will ask for e.
@@ -51,6 +53,7 @@ class OutputError:
         "axis",
         "error",
         "ports",
+        "shared",
         "state",
         "targets",
         "voted",
@@ -69,6 +72,7 @@ class OutputError:
         self._hidden = False
         self._pending = 0
         self._signals: dict[DirectRule, Tensor] = {}
+        self.shared: Cache = {}
 
     def deliver(self, gradient: Tensor) -> bool:
         """Take the gradient at this layer's output; True if it is an output error."""
@@ -81,6 +85,7 @@ class OutputError:
         self._pending = self.ports
         self.error = gradient
         self._signals = {}
+        self.shared = {}
         return True
 
     def here(self) -> bool:
@@ -100,6 +105,7 @@ class OutputError:
         if self._pending <= 0:
             self.error = None
             self._signals = {}
+            self.shared = {}
 
 
 class Call:

@@ -322,7 +322,7 @@ def _reports(model: nn.Module, seen: dict[str, list[_Seen]], reference: dict[str
             )
             continue
         wanted = [e for e in expected if e is not None]
-        close = _close(handed, wanted)
+        close = _close(handed, wanted, _coarsest(state))
         note = "" if close else "what was handed back is not what the rule says"
         if close and exact is False:
             note = "its parameters did not get their own operation's gradient"
@@ -380,7 +380,7 @@ def _formula(
             axes[0],
             tuple(delta.shape),
             axes[1],
-            structure=state.wiring.structure,
+            structure=state.structure().routing,
             layout=rule.layout,
             seen=state.order,
             hint=state.layout,
@@ -464,11 +464,22 @@ def _own_gradients(model: nn.Module, seen: dict[str, list[_Seen]]) -> dict[str, 
     return exact
 
 
-def _close(got: list[Tensor], wanted: list[Tensor]) -> bool:
-    """Equal to a few hundred units in the last place of the largest entry."""
+def _coarsest(state: LayerState) -> torch.dtype | None:
+    """The dtype of a direct rule's feedback, if that is not the layer's own."""
+    kept = state.structure().dtype if isinstance(state.rule, DirectRule) else None
+    return kept if kept is not None and kept.is_floating_point else None
+
+
+def _close(got: list[Tensor], wanted: list[Tensor], coarsest: torch.dtype | None = None) -> bool:
+    """Equal to a few hundred units in the last place of the largest entry (few, in formats of two bytes).
+
+    Args:
+        coarsest: a dtype that numbers went through on the way, if they did.
+    """
     for a, b in zip(got, wanted, strict=True):
         size = float(b.detach().abs().max()) if b.numel() else 0.0
-        tolerance = 2e3 * torch.finfo(b.dtype).eps if b.dtype.itemsize > 2 else 8 * torch.finfo(b.dtype).eps
+        dtypes = (b.dtype,) if coarsest is None else (b.dtype, coarsest)
+        tolerance = max((2e3 if dtype.itemsize > 2 else 8) * torch.finfo(dtype).eps for dtype in dtypes)
         if not torch.isfinite(a).all() or (a.numel() and float((a - b).abs().max()) > tolerance * size):
             return False
     return True
