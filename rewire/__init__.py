@@ -1,6 +1,6 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
-from rewire import functional
+from rewire import functional, structures
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
@@ -27,6 +27,7 @@ __all__ = [
     "restore",
     "rules",
     "scales",
+    "structures",
     "summary",
     "targets",
     "use_rule",

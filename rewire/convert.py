@@ -9,17 +9,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewire import hosts
+from rewire import hosts, structures
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.layers.own_forward import OwnForward
-from rewire.rules import DirectRule, LocalRule, resolve
+from rewire.rules import DirectRule, LocalRule, Rule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
 from rewire.wiring import LayerState, Role, Wiring, weight_scale
 
 M = TypeVar("M", bound=nn.Module)
-STRUCTURES = ("dense", "channel")
 
 
 def convert(
@@ -30,7 +29,7 @@ def convert(
     layers: Layers | None = None,
     blocks: Sequence[Pattern] | Pattern | None = None,
     skip: str = "keep",
-    feedback: str = "dense",
+    feedback: str | structures.Structure = "dense",
     scale: str | float | Mapping[str, float] = "auto",
     seed: int = 0,
     derivative: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] | None = None,
@@ -52,8 +51,11 @@ def convert(
             backprop inside. Direct rules only.
         skip: ``"keep"``: skip connections carry their own gradient. ``"cut"``: the gradient of every fed-back
             tensor is the feedback and nothing else (direct rules).
-        feedback: for direct rules at convolutions, ``"dense"``: a feedback value for every element of the
-            input; ``"channel"``: one per channel.
+        feedback: structure of B for direct rules: ``"dense"``, ``"channel"`` (dense, with one value per channel of a
+            convolution's input in place of one per element), ``"uniform"``, ``"orthogonal"``, ``"binary"``,
+            ``"ternary"``, ``"sparse"``, ``"lowrank"``, ``"shared"``, ``"seeded"``, or an object from
+            :mod:`rewire.structures`, such as ``LowRank(rank=64)``. A rule object may carry one of its own
+            (``DFA(feedback="lowrank")``), which goes before.
         scale: standard deviation of the feedback's entries. ``"auto"``: for local rules the standard deviation
             of the layer's weight now; for direct rules it is measured: the first training pass is exact
             backprop, and each layer's feedback is scaled to what the layer handed back there (RMS). A number
@@ -74,14 +76,15 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert needs a torch.nn.Module, not {type(model).__name__}")
-    _check_options(skip, feedback, scale, seed)
+    structure = structures.resolve(feedback)
+    _check_options(skip, scale, seed)
     earlier = _take_off(model)
     try:
         choices = select(model, rule, layers, blocks)
         wiring = Wiring(
             seed=seed,
             skip=skip,
-            structure=feedback,
+            structure=structure,
             scale=scale,
             asked=_output_names(choices, output),
         )
@@ -133,7 +136,8 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
         ``(n, features)`` when positions share them, n being the number of outputs; known once the layer took
         part in a backward pass. With several output layers the keys of direct rules are ``"layer@output"``.
         Layers on ``bp``, or with nothing to hand back, are absent. Tensors are detached; changing them in
-        place changes the feedback of direct rules and ``fa``.
+        place changes the feedback of ``fa``, and of direct rules where all of B is kept
+        (:class:`rewire.structures.Dense`). For other structures this is the equivalent B, made for the caller.
     """
     found: dict[str, Tensor] = {}
     for module, state in _states(model):
@@ -197,6 +201,7 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
         ...     loss_fn(model(x), y).backward()
     """
     chosen = resolve(rule)
+    _check_structure(chosen)
     states = [state for _, state in _states(model)]
     for state in states:
         check_rule(state.name, state.kind, chosen)
@@ -215,12 +220,9 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
 # -- parts -------------------------------------------------------------------------------------------
 
 
-def _check_options(skip: object, feedback: object, scale: object, seed: object) -> None:
+def _check_options(skip: object, scale: object, seed: object) -> None:
     if skip not in ("keep", "cut"):
         raise ConversionError(f"skip is 'keep' or 'cut', not {skip!r}")
-    if feedback not in STRUCTURES:
-        hint = nearest(feedback, STRUCTURES) if isinstance(feedback, str) else ""
-        raise ConversionError(f"feedback is one of {', '.join(map(repr, STRUCTURES))}, not {feedback!r}{hint}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConversionError(f"seed is an int, not {seed!r}")
     values = scale.values() if isinstance(scale, Mapping) else () if scale == "auto" else (scale,)
@@ -229,6 +231,11 @@ def _check_options(skip: object, feedback: object, scale: object, seed: object) 
             raise ConversionError(
                 f"scale is 'auto' or a positive number (or a dict of them by layer name), not {value!r}"
             )
+
+
+def _check_structure(rule: Rule) -> None:
+    if isinstance(rule, DirectRule) and rule.feedback is not None:
+        structures.resolve(rule.feedback)
 
 
 def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -263,6 +270,7 @@ def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float
 
 
 def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
+    _check_structure(choice.rule)
     state = LayerState(choice.name, choice.kind, choice.rule, wiring, scale=given, std=given)
     if given is None and isinstance(choice.rule, LocalRule) and not isinstance(choice.kind, OwnForward):
         weight = choice.kind.look(choice.module)

@@ -25,6 +25,7 @@ from torch.autograd import Function
 from rewire.errors import PassError
 from rewire.passes import Call, OutputError, metadata
 from rewire.picks import Pick
+from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
     from rewire.rules.base import DirectRule
@@ -203,12 +204,13 @@ class Project(Function):
         error: OutputError = ctx.error
         (targets,) = ctx.saved_tensors
         signals: dict[DirectRule, Tensor] = {}
+        shared: Cache = {}
         fed: list[Tensor] = []
         for (state, rule, index), (shape, dtype) in zip(ctx.plan, ctx.shapes, strict=True):
             if rule not in signals and not rule.silent:
                 signals[rule] = rule.signal(e, targets, error.axis)
             signal = signals.get(rule, e)
-            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device))
+            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device, shared))
         return (e, None, None, None, *fed)
 
 

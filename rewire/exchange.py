@@ -96,19 +96,40 @@ def exchange_within(
     return count
 
 
-def _put(saved: Any, backward: BackwardWeight, turned: bool, note: bool = False) -> None:
-    def pack(kept: Tensor) -> tuple[Tensor | None, int, Tensor | None]:
-        weight = kept.t() if turned else kept
-        if note:
+class Exchange:
+    """The pair of hooks that takes W when it is put away and gives B when it is asked for.
+
+    Made once for each layer, or for each call of one whose R is drawn anew.
+    """
+
+    def __init__(self, backward: BackwardWeight, turned: bool, note: bool = False) -> None:
+        self.backward = backward
+        self.turned = turned
+        self.note = note
+        self.fixed: Tensor | None = None
+
+    def pack(self, kept: Tensor) -> Any:
+        """W, as the operation keeps it, to what is kept instead: B itself if it needs no W."""
+        fixed = self.fixed
+        if fixed is not None and fixed.dtype is kept.dtype and fixed.device == kept.device:
+            return fixed
+        weight = kept.t() if self.turned else kept
+        backward = self.backward
+        if self.note:
             backward.note(weight)
         random = backward.random(weight)
-        return (weight, weight._version, random) if backward.keep else (None, 0, random)
+        if backward.keep:
+            return weight, weight._version, random
+        if random is None:
+            return None, 0, None
+        made = backward.combine(None, random)
+        self.fixed = made.t() if self.turned else made
+        return self.fixed
 
-    saved.register_hooks(pack, _unpack_turned(backward) if turned else _unpack(backward))
-
-
-def _unpack(backward: BackwardWeight) -> Callable[[Any], Tensor]:
-    def unpack(packed: tuple[Tensor | None, int, Tensor | None]) -> Tensor:
+    def unpack(self, packed: Any) -> Tensor:
+        """What is kept to B, as the operation would have kept it."""
+        if isinstance(packed, Tensor):
+            return packed
         weight, version, random = packed
         if weight is not None and weight._version != version:
             raise RuntimeError(
@@ -116,11 +137,12 @@ def _unpack(backward: BackwardWeight) -> Callable[[Any], Tensor]:
                 f"operation: it is at version {weight._version}, expected {version}. Run backward before stepping "
                 "the optimizer"
             )
-        return backward.combine(weight, random)
+        made = self.backward.combine(weight, random)
+        return made.t() if self.turned else made
 
-    return unpack
 
-
-def _unpack_turned(backward: BackwardWeight) -> Callable[[Any], Tensor]:
-    unpack = _unpack(backward)
-    return lambda packed: unpack(packed).t()
+def _put(saved: Any, backward: BackwardWeight, turned: bool, note: bool = False) -> None:
+    hooks = backward.exchange
+    if hooks is None or hooks.turned != turned or hooks.note != note:
+        hooks = backward.exchange = Exchange(backward, turned, note)
+    saved.register_hooks(hooks.pack, hooks.unpack)

@@ -7,19 +7,56 @@ inside ``torch.func`` transforms, which forbid random PyTorch operations.
 
 Entries are drawn in chunks of ``CHUNK`` numbers (in C order of the flattened tensor), each chunk from a
 stream of its own, so that a part of a large feedback can be made again without the rest.
+
+Every distribution has mean 0 and standard deviation 1; a scale is applied afterwards:
+
+==============  =================================================
+``normal``      N(0, 1)
+``uniform``     U(-√3, √3)
+``binary``      -1 or 1, equally likely
+``ternary``     -a, 0 or a, equally likely, a = √(3/2)
+==============  =================================================
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 CHUNK = 1 << 20
+Numbers = npt.NDArray[np.float32]
+Fill = Callable[[np.random.Generator, Numbers], None]
+
+
+def _normal(generator: np.random.Generator, out: Numbers) -> None:
+    generator.standard_normal(out.size, dtype=np.float32, out=out)
+
+
+def _uniform(generator: np.random.Generator, out: Numbers) -> None:
+    generator.random(out.size, dtype=np.float32, out=out)
+    out -= np.float32(0.5)
+    out *= np.float32(2 * math.sqrt(3))
+
+
+def _binary(generator: np.random.Generator, out: Numbers) -> None:
+    out[:] = generator.integers(0, 2, out.size, dtype=np.int8)
+    out *= np.float32(2)
+    out -= np.float32(1)
+
+
+def _ternary(generator: np.random.Generator, out: Numbers) -> None:
+    out[:] = generator.integers(-1, 2, out.size, dtype=np.int8)
+    out *= np.float32(TERNARY)
+
+
+TERNARY = math.sqrt(1.5)
+DISTRIBUTIONS: dict[str, Fill] = {"normal": _normal, "uniform": _uniform, "binary": _binary, "ternary": _ternary}
 
 
 def stream_key(seed: int, name: str, shape: Sequence[int], distribution: str, draw: int, chunk: int) -> int:
@@ -31,22 +68,85 @@ def stream_key(seed: int, name: str, shape: Sequence[int], distribution: str, dr
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
-def standard_normal(shape: Sequence[int], *, seed: int, name: str, draw: int = 0) -> Tensor:
-    """Independent N(0, 1) numbers of ``shape``, float32, on the CPU.
+def generator(
+    seed: int, name: str, shape: Sequence[int], distribution: str, *, draw: int = 0, chunk: int = 0
+) -> np.random.Generator:
+    """The random stream of one chunk."""
+    return np.random.Generator(np.random.Philox(key=stream_key(seed, name, shape, distribution, draw, chunk)))
+
+
+def chunks(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    name: str,
+    distribution: str = "normal",
+    draw: int = 0,
+    total: int | None = None,
+    out: Numbers | None = None,
+    reuse: bool = False,
+) -> Iterator[tuple[int, Numbers]]:
+    """(start, numbers) of one chunk after the other.
+
+    Args:
+        shape: that the streams are keyed with.
+        total: how many numbers; None: as many as ``shape`` holds. More of them begin with the same ones.
+        out: where to put them, all of them one after the other; None: a new array for each chunk.
+        reuse: one array for all chunks, written over for the next one.
+    """
+    total = math.prod(shape) if total is None else total
+    fill = DISTRIBUTIONS[distribution]
+    buffer = np.empty(min(CHUNK, total), dtype=np.float32) if reuse else None
+    for chunk, start in enumerate(range(0, total, CHUNK)):
+        stop = min(start + CHUNK, total)
+        if out is not None:
+            numbers = out[start:stop]
+        elif buffer is not None:
+            numbers = buffer[: stop - start]
+        else:
+            numbers = np.empty(stop - start, dtype=np.float32)
+        fill(generator(seed, name, shape, distribution, draw=draw, chunk=chunk), numbers)
+        yield start, numbers
+
+
+def drawn(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    name: str,
+    distribution: str = "normal",
+    draw: int = 0,
+    total: int | None = None,
+) -> Numbers:
+    """All :func:`chunks`, as one array of one dimension."""
+    flat = np.empty(math.prod(shape) if total is None else total, dtype=np.float32)
+    for _ in chunks(shape, seed=seed, name=name, distribution=distribution, draw=draw, total=total, out=flat):
+        pass
+    return flat
+
+
+def standard(shape: Sequence[int], *, seed: int, name: str, distribution: str = "normal", draw: int = 0) -> Tensor:
+    """Independent numbers of mean 0 and standard deviation 1, of ``shape``, float32, on the CPU.
 
     Args:
         shape: of the tensor.
         seed: the conversion's seed.
         name: the layer's qualified name.
+        distribution: one of ``DISTRIBUTIONS``.
         draw: number of the redraw, for rules whose feedback is drawn anew each pass.
     """
-    total = math.prod(shape)
-    flat = np.empty(total, dtype=np.float32)
-    for chunk, start in enumerate(range(0, total, CHUNK)):
-        stop = min(start + CHUNK, total)
-        key = stream_key(seed, name, shape, "normal", draw, chunk)
-        generator = np.random.Generator(np.random.Philox(key=key))
-        generator.standard_normal(stop - start, dtype=np.float32, out=flat[start:stop])
-    # Not an inference tensor, whatever mode the caller is in: it will be used in training later.
+    return tensor(drawn(shape, seed=seed, name=name, distribution=distribution, draw=draw)).reshape(tuple(shape))
+
+
+def standard_normal(shape: Sequence[int], *, seed: int, name: str, draw: int = 0) -> Tensor:
+    """:func:`standard` numbers of the normal distribution."""
+    return standard(shape, seed=seed, name=name, draw=draw)
+
+
+def tensor(numbers: npt.NDArray[np.generic]) -> Tensor:
+    """``numbers`` as a tensor over the same memory.
+
+    Not an inference tensor, whatever mode the caller is in: it will be used in training later.
+    """
     with torch.inference_mode(False):
-        return torch.from_numpy(flat).reshape(tuple(shape))
+        return torch.from_numpy(numbers)

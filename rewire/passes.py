@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rewire.picks import Pick
 from rewire.rules.base import DirectRule
+from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
     from rewire.wiring import LayerState
@@ -36,8 +37,10 @@ class OutputError:
     Attributes:
         state: the output layer.
         axis: dimension of e with the n output features.
+        shared: what structures of feedback make of e once per pass, for all layers.
         above: errors further downstream. If a gradient came from one of them, this layer was not where the
             loss looked, and e here counts for nobody: neither then nor in later backwards of the pass.
+        pick: how the rows of the output layer's input, and so of e, were picked from the batch, if they were.
         ports: how many inputs of upstream calls will ask for e.
         voted: this pass counted towards the layer being an output layer.
     """
@@ -51,7 +54,9 @@ class OutputError:
         "above",
         "axis",
         "error",
+        "pick",
         "ports",
+        "shared",
         "state",
         "targets",
         "voted",
@@ -63,6 +68,7 @@ class OutputError:
         self.targets = targets
         self.above: list[OutputError] = []
         self.error: Tensor | None = None
+        self.pick: Pick | None = None
         self.ports = 0
         self.voted = False
         self._seen = -2  # the newest backward pass in which any gradient came by here
@@ -70,6 +76,7 @@ class OutputError:
         self._hidden = False
         self._pending = 0
         self._signals: dict[DirectRule, Tensor] = {}
+        self.shared: Cache = {}
 
     def deliver(self, gradient: Tensor) -> bool:
         """Take the gradient at this layer's output; True if it is an output error."""
@@ -82,6 +89,7 @@ class OutputError:
         self._pending = self.ports
         self.error = gradient
         self._signals = {}
+        self.shared = {}
         return True
 
     def here(self) -> bool:
@@ -92,7 +100,8 @@ class OutputError:
         """What ``rule`` makes of e, computed once per pass for all layers."""
         assert self.error is not None
         if rule not in self._signals:
-            self._signals[rule] = rule.signal(self.error, self.targets, self.axis)
+            signal = rule.signal(self.error, self.targets, self.axis)
+            self._signals[rule] = signal if self.pick is None else self.pick.put(signal)
         return self._signals[rule]
 
     def used(self) -> None:
@@ -101,6 +110,7 @@ class OutputError:
         if self._pending <= 0:
             self.error = None
             self._signals = {}
+            self.shared = {}
 
 
 class Call:

@@ -39,6 +39,11 @@ class Pick:
         """The picked rows of ``whole``."""
         return whole.flatten(0, len(self.lead) - 1)[self.rows]
 
+    def put(self, picked: Tensor) -> Tensor:
+        """The inverse: ``picked`` at its place among zeros; rows that were picked twice add up."""
+        whole = picked.new_zeros((math.prod(self.lead), *picked.shape[1:]))
+        return whole.index_add(0, self.rows, picked).reshape(self.whole(picked.shape))
+
     def same(self, other: Pick) -> bool:
         """Whether both are the same rows."""
         mine, theirs = math.prod(self.lead), math.prod(other.lead)

@@ -84,7 +84,7 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
                 try:
                     axis = state.kind.axis(len(x_shape))
                     route = plan(
-                        x_shape, axis, e_shape, e_axis, structure=state.wiring.structure, layout=state.rule.layout
+                        x_shape, axis, e_shape, e_axis, structure=state.structure().routing, layout=state.rule.layout
                     )
                 except RoutingError:
                     continue

@@ -79,6 +79,10 @@ class Route:
             return torch.mm(signal, feedback)
         return self.after(self.before(signal) @ feedback.flatten(1))
 
+    def through(self, signal: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same with ``project`` in place of a multiplication with B: (M, n) -> (M, features)."""
+        return self.after(project(self.before(signal)))
+
 
 @dataclass(frozen=True)
 class _Side:
@@ -148,6 +152,8 @@ def plan(
     Raises:
         RoutingError: when the shapes have no defined way; the message names both.
     """
+    if structure not in ("dense", "channel"):
+        raise ValueError(f"structure is 'dense' or 'channel', not {structure!r}")
     if not x_shape or not e_shape:
         raise RoutingError(
             f"no defined way from the output error of shape {tuple(e_shape)} to an input of shape {tuple(x_shape)}: "

@@ -88,7 +88,7 @@ def _run(
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
     x = args[0] if args else None
-    pick = _pick(state, x) if state.role is Role.UNKNOWN and state.active and isinstance(x, Tensor) else None
+    pick = _pick(state, x) if (state.picks or state.role is Role.UNKNOWN) and isinstance(x, Tensor) else None
     return _finish(state, output, _sources(args, kwargs), [], [], 0, pick)
 
 
@@ -224,6 +224,8 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
     try:
         pick = pick_of(x, picked)
     except Unclear:
+        if not isinstance(state.rule, DirectRule):
+            return None
         state.wiring.warn_once(
             f"rows:{state.name}",
             f"layer {state.label}: rows of its input are picked from the batch by an index that could not be followed, "
@@ -269,6 +271,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     wiring = state.wiring
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
+    error.pick = call.pick
     if state.role is Role.UNKNOWN:
         wiring.bypassed.update(direct_uses(call.sources, call_sources))
     feeders = upstream(call.sources, wiring)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from rewire.errors import ConversionError
 from rewire.layers.registry import kind_of, why_not
 from rewire.preview import Shapes, preview
 from rewire.rules.base import DirectRule, LocalRule
+from rewire.structures import Dense, Structure
 from rewire.swap import states_of
 from rewire.wiring import LayerState, Role
 
@@ -47,22 +47,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """All modules with parameters of their own, in registration order. ``str()`` is a table."""
+    """All modules with parameters of their own, in registration order. ``str()`` is a table.
+
+    Attributes:
+        common_bytes: memory of what the layers' feedback has in common, kept once.
+    """
 
     title: str
     rows: list[Row] = field(default_factory=list)
+    common_bytes: int = 0
 
     @property
     def feedback_bytes(self) -> int:
         """Memory of all feedback kept, in bytes."""
-        return sum(row.feedback_bytes for row in self.rows)
+        return self.common_bytes + sum(row.feedback_bytes for row in self.rows)
 
     def __rich__(self) -> Table:
         converted = sum(row.converted for row in self.rows)
         table = Table(
             title=self.title,
             caption=f"{converted} layers converted, {len(self.rows) - converted} modules left alone; "
-            f"feedback {_bytes(self.feedback_bytes)}",
+            f"feedback {_bytes(self.feedback_bytes)}"
+            + (f", {_bytes(self.common_bytes)} of it common to layers" if self.common_bytes else ""),
         )
         for column in ("layer", "type", "rule", "role", "feedback", "memory", "scale", "note"):
             table.add_column(column, overflow="fold", justify="right" if column in ("memory", "scale") else "left")
@@ -121,7 +127,30 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
         else:
             note = why_not(module)
         rows.append(Row(name, type(module).__name__, "bp", "-", None, 0, None, note, converted=False))
-    return Summary(type(model).__name__, rows)
+    return Summary(type(model).__name__, rows, _common(model, expected))
+
+
+# Whose shape says all: not worth a note.
+_PLAIN = (Dense(), Dense(per="channel"))
+
+
+def _element(module: nn.Module) -> int:
+    """Bytes of one number of the layer's input, as far as its parameters tell."""
+    return next((p.element_size() for p in module.parameters()), 4)
+
+
+def _common(model: nn.Module, expected: Shapes | None) -> int:
+    """Bytes that structures of feedback keep once for several layers."""
+    needed: dict[tuple[int, Structure, str, int], list[tuple[int, ...]]] = {}
+    for module, state in ((m, state) for m in model.modules() for state in states_of(m)):
+        if not isinstance(state.rule, DirectRule) or state.rule.silent:
+            continue
+        shapes = state.shapes or (expected or {}).get(state.name, {})
+        for (output, index), shape in shapes.items():
+            structure = state.structures.get((output, index), state.structure())
+            key = (id(state.wiring), structure, output, _element(module))
+            needed.setdefault(key, []).append(shape)
+    return sum(structure.common_size(shapes, element) for (_, structure, _, element), shapes in needed.items())
 
 
 def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes | None) -> Row:
@@ -146,8 +175,10 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
             notes.append("hands back zeros")
         elif shapes := state.shapes or (expected or {}).get(state.name, {}):
             shape = next(iter(shapes.values()))
-            element = next((p.element_size() for p in module.parameters()), 4)
-            size = sum(math.prod(s) for s in shapes.values()) * element
+            structures = [state.structures.get(place, state.structure()) for place in shapes]
+            size = sum(s.size(shape, _element(module)) for s, shape in zip(structures, shapes.values(), strict=True))
+            if structures[0] not in _PLAIN:
+                notes.append(repr(structures[0]))
             if not state.shapes:
                 notes.append("expected")
             if state.scale_note and state.scale_note not in ("given", "measured"):

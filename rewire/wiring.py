@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from enum import Enum
 from threading import get_ident
 from typing import Any
@@ -25,6 +25,8 @@ from rewire.passes import OutputError, backward_id
 from rewire.picks import Pick
 from rewire.routing import Reading, Route, route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
+from rewire.structures import Feedback, Place, Structure, resolve
+from rewire.structures.base import Cache
 
 
 class Role(Enum):
@@ -41,7 +43,7 @@ class Wiring:
     Attributes:
         seed: of all feedback.
         skip: ``"keep"`` or ``"cut"``.
-        structure: of the feedback of direct rules.
+        structure: of the feedback of direct rules that do not carry one of their own.
         scale: ``"auto"``, one standard deviation for all, or one by layer name.
         asked: output layers named by the user, or None to find them.
         outputs: output layers found so far, in the order that decides which feedback they use.
@@ -51,6 +53,7 @@ class Wiring:
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
+        common: what structures of feedback keep once for all layers.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Wiring:
         *,
         seed: int,
         skip: str,
-        structure: str,
+        structure: Structure,
         scale: str | float | Mapping[str, float],
         asked: tuple[str, ...] | None,
     ) -> None:
@@ -75,10 +78,11 @@ class Wiring:
         self.bypassed: set[Tensor] = set()
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
+        self.common: dict[Hashable, Any] = {}
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}, "bypassed": set(), "_weights": {}}
+        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}}
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -169,7 +173,7 @@ class Wiring:
             self.errors = {name: e for name, e in self.errors.items() if name in outputs}
             for state in self.layers.values():
                 state.forget_routes()
-                state.shapes = {}
+                state.shapes, state.structures = {}, {}
 
     def _settle_scales(self) -> None:
         """Scale each measured layer's feedback so that it is as large as what backprop handed back."""
@@ -203,6 +207,10 @@ class Wiring:
                     "zero",
                     "every gradient of the measuring pass was zero: the next pass is exact backprop once more",
                 )
+
+
+# How one shape of e reaches one shape of x, the feedback on the way, and the shape of its dense equivalent.
+_Way = tuple[Route, Tensor | Feedback, tuple[int, ...]]
 
 
 class LayerState:
@@ -259,12 +267,14 @@ class LayerState:
         self.settled = False
         self.steady = False
         self._random: dict[tuple[Any, ...], Tensor] = {}
-        self._routes: dict[tuple[Any, ...], tuple[Route, Tensor]] = {}
+        self._routes: dict[tuple[Any, ...], _Way] = {}
+        self._made: dict[tuple[Any, ...], Tensor | Feedback] = {}
         # One attribute, read once and written once: threads may run backward side by side.
-        self._last: tuple[tuple[Any, ...], Route, Tensor] | None = None
+        self._last: tuple[tuple[Any, ...], Route, Tensor | Feedback] | None = None
         self.reading: Reading | None = None
         self.layout: str | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.structures: dict[tuple[str, int], Structure] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
@@ -272,6 +282,7 @@ class LayerState:
             **self.__dict__,
             "_random": {},
             "_routes": {},
+            "_made": {},
             "_last": None,
             "local": None,
             "observer": None,
@@ -378,8 +389,13 @@ class LayerState:
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
+        shared: Cache | None = None,
     ) -> Tensor:
-        """``signal B`` as a tensor of ``shape`` and ``dtype``."""
+        """``signal B`` as a tensor of ``shape`` and ``dtype``.
+
+        Args:
+            shared: what layers have made of the signal in this pass; None: ``error``'s own.
+        """
         if rule.silent:
             return torch.zeros(shape, dtype=dtype, device=device)
         # Nearly every call is like the one before it.
@@ -390,8 +406,30 @@ class LayerState:
         else:
             route, feedback = self._find(rule, error, index, shape, signal.shape, dtype, device)
             self._last = key, route, feedback
-        fed = route(signal, feedback)
+        if type(feedback) is Tensor:
+            fed = route(signal, feedback)
+        else:
+            fed = self._through(route, feedback, signal, error, shared)
         return fed if fed.dtype is dtype else fed.to(dtype)
+
+    def _through(
+        self,
+        route: Route,
+        feedback: Tensor | Feedback,
+        signal: Tensor,
+        error: OutputError,
+        shared: Cache | None,
+    ) -> Tensor:
+        if isinstance(feedback, Tensor):  # a subclass of Tensor, from a structure of the user's
+            return route(signal, feedback)
+        ready = feedback.prepare(signal, error.axis, error.shared if shared is None else shared)
+        return route.through(ready, feedback)
+
+    def structure(self, rule: Rule | None = None) -> Structure:
+        """Of the feedback under ``rule``; None: the layer's own."""
+        rule = self.rule if rule is None else rule
+        own = rule.feedback if isinstance(rule, DirectRule) else None
+        return self.wiring.structure if own is None else resolve(own)
 
     def _find(
         self,
@@ -402,16 +440,21 @@ class LayerState:
         e_shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> tuple[Route, Tensor]:
-        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order)
+    ) -> tuple[Route, Tensor | Feedback]:
+        structure = self.structure(rule)
+        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order, structure)
         found = self._routes.get(key)
         if found is None:
-            found = self._routes[key] = self._route(rule, error, index, shape, e_shape, dtype, device)
-        return found
+            found = self._routes[key] = self._route(rule, structure, error, index, shape, e_shape, dtype, device)
+        route, feedback, needed = found
+        self.shapes[error.state.name, index] = needed
+        self.structures[error.state.name, index] = structure
+        return route, feedback
 
     def forget_routes(self) -> None:
         """Drop feedback made so far; what is needed will be made again."""
         self._routes = {}
+        self._made = {}
         self._last = None
 
     @property
@@ -424,27 +467,32 @@ class LayerState:
     def _route(
         self,
         rule: DirectRule,
+        structure: Structure,
         error: OutputError,
         index: int,
         shape: torch.Size,
         e_shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> tuple[Route, Tensor]:
+    ) -> _Way:
         wiring = self.wiring
         above = error.state.rule
-        try:
-            route = route_to(
+
+        def plan_from(e_shape: tuple[int, ...]) -> Route:
+            return route_to(
                 tuple(shape),
                 self.kind.axis(len(shape)),
-                tuple(e_shape),
+                e_shape,
                 error.axis,
-                structure=wiring.structure,
+                structure=structure.routing,
                 layout=rule.layout,
                 e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
                 seen=self.order,
                 hint=self.layout,
             )
+
+        try:
+            route = plan_from(tuple(e_shape))
         except RoutingError as problem:
             raise RoutingError(
                 f"layer {self.label} (output layer {error.state.label}): {problem}. Keep the layer on backprop or a "
@@ -465,35 +513,47 @@ class LayerState:
                 f"'sequence_first': convert(model, {make}), or layers={{{self.name!r}: {make}}}; or keep the layer "
                 f"on backprop, layers={{{self.name!r}: 'bp'}}",
             )
-        output = error.state.name
-        self.shapes[output, index] = route.feedback_shape
+        needed = route.feedback_shape
         # All shapes of x that need the same B share it: a short last batch, another sequence length.
-        for (name, i, _, _, t, d, *_), (_, tensor) in self._routes.items():
-            if (name, i, t, d) == (output, index, dtype, device) and tensor.shape == route.feedback_shape:
-                return route, tensor
-        return route, self.direct_feedback(output, index, route.feedback_shape, dtype, device)
+        key = (structure, error.state.name, index, needed, dtype, device)
+        feedback = self._made.get(key)
+        if feedback is None:
+            feedback = self._made[key] = self.direct_feedback(*key)
+        if isinstance(feedback, Feedback) and feedback.width != needed[0]:
+            features = error.axis % len(e_shape)
+            route = plan_from((*e_shape[:features], feedback.width, *e_shape[features + 1 :]))
+        return route, feedback, needed
 
     def direct_feedback(
-        self, output: str, index: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """B of a direct rule: N(0, scale^2), or N(0, 1) while the scale is not known."""
+        self,
+        structure: Structure,
+        output: str,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor | Feedback:
+        """B of a direct rule: its entries have standard deviation ``scale``, or 1 while that is not known."""
+        wiring = self.wiring
         stream = self.name if index == 0 else f"{self.name}#{index}"
-        if self.wiring.outputs.index(output) if output in self.wiring.outputs else 0:
-            stream = f"{stream}@{output}"  # further outputs have feedback of their own
-        unit = standard_normal(shape, seed=self.wiring.seed, name=stream)
-        return (unit if self.scale is None else unit * self.scale).to(device=device, dtype=dtype)
+        further = output in wiring.outputs and wiring.outputs.index(output) > 0
+        suffix = f"@{output}" if further else ""  # further outputs have feedback of their own
+        scale = 1.0 if self.scale is None else self.scale
+        return structure.make(Place(wiring.seed, stream + suffix, suffix, shape, scale, dtype, device, wiring.common))
 
     def direct_feedbacks(self, module: nn.Module) -> dict[tuple[str, int], Tensor]:
-        """B by (output layer, input), as used so far; made again where a copy of the model dropped it."""
-        found: dict[tuple[str, int], Tensor] = {}
-        for (output, index, *_), (_, tensor) in self._routes.items():
-            if tuple(tensor.shape) == self.shapes.get((output, index)):
-                found[output, index] = tensor
+        """The dense B by (output layer, input), as used last; made again where a copy of the model dropped it."""
+        used: dict[tuple[str, int], Tensor | Feedback] = {}
+        for (structure, output, index, shape, *_), feedback in self._made.items():
+            place = (output, index)
+            if (structure, shape) == (self.structures.get(place), self.shapes.get(place)):
+                used[place] = feedback
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
         for (output, index), shape in self.shapes.items():
-            if (output, index) not in found:
-                found[output, index] = self.direct_feedback(output, index, shape, like.dtype, like.device)
-        return found
+            if (output, index) not in used:
+                structure = self.structures[output, index]
+                used[output, index] = self.direct_feedback(structure, output, index, shape, like.dtype, like.device)
+        return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
 
     def measure(
         self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor, pick: Pick | None

@@ -158,6 +158,14 @@ def test_options(build, skip, feedback):
     assert all(layer.formula == pytest.approx(1) for layer in result.layers if layer.status == "live")
 
 
+@pytest.mark.parametrize("feedback", ["ternary", "orthogonal", "sparse", "lowrank", "shared", "seeded"])
+@pytest.mark.parametrize("build", ["Residual", "cnn", "Reused"])
+def test_structures_of_feedback(build, feedback):
+    result = rewire.verify(made(BUILDS[build], feedback=feedback), X, loss_of)
+    assert result.ok, str(result)
+    assert all(layer.formula == pytest.approx(1) for layer in result.layers if layer.status == "live")
+
+
 def test_cut_skips_are_seen_where_they_are():
     """Under ``skip="cut"`` both layers that take h share one gradient, the sum of their feedback."""
     model = made(Residual, skip="cut", scale=0.3)

@@ -61,7 +61,7 @@ def fed_back(
             axes[0],
             tuple(sent.shape),
             axes[1],
-            structure=state.wiring.structure,
+            structure=state.structure().routing,
             layout=rule.layout,
             e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
             seen=state.order,
@@ -136,7 +136,7 @@ class Local:
         weights: (W, B) of each layer's newest call.
     """
 
-    def __init__(self, calls: Mapping[str, list[Seen]], used: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def __init__(self, calls: Mapping[str, list[Seen]], used: Callable[[str], Mapping[str, Tensor]]) -> None:
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}
         self._left = {name: list(seen) for name, seen in calls.items()}
         self._used = used
@@ -162,7 +162,7 @@ class Local:
             B = backward_weight(ours.state, W, ours.draw)
             self.weights[call.name] = W, B
         elif isinstance(ours.state.rule, LocalRule):  # of a weight that the other module alone knows how to make
-            B = self._used[call.name][ours.state.name]
+            B = self._used(call.name)[ours.state.name]
         else:
             return
         (place,) = ours.places

@@ -179,6 +179,7 @@ class _Verify:
         self.wrong: dict[str, str] = {}  # what is wrong, by layer
         self.inexact: set[str] = set()  # layers whose parameters did not get their gradient
         self.problems: list[str] = []
+        self._newest: tuple[str | None, dict[str, Tensor]] = (None, {})
         self.twins: dict[Place, Place] = {}  # of a place of the converted model, the same in the reference
 
     def result(self) -> Verification:
@@ -218,12 +219,17 @@ class _Verify:
         self._again(buffers)
         ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)
         gradients = ours.backward(last=True)
-        self.used = {name: feedback(layer.module) for name, layer in self.layers.items()}
         for state, draw in draws.items():
             state.draws = draw
         off = self._differ(gradients, self._plainly(model, buffers))
         self._blame(off, "its parameters get other gradients when nobody watches")
         return ours, gradients
+
+    def _used(self, name: str) -> dict[str, Tensor]:
+        """``feedback(model)`` of one layer. Of the newest alone: all of it, dense, may be more than the model."""
+        if self._newest[0] != name:
+            self._newest = name, feedback(self.layers[name].module)
+        return self._newest[1]
 
     def _again(self, buffers: Buffers | None = None) -> None:
         """Before each pass: all passes start from the same."""
@@ -249,7 +255,7 @@ class _Verify:
                 for parameter in module.parameters():
                     parameter.requires_grad_()  # or the graph would not show what uses it
         self._again()
-        local = Local(self.ours.calls, self.used)
+        local = Local(self.ours.calls, self._used)
         theirs = Pass(model, layers, self.inputs, self.loss_fn, self.cut, local.before)
         self.weights = local.weights
         self._pair(theirs)
@@ -431,7 +437,7 @@ class _Verify:
             if direct:
                 return WRONG, "feedback(model) does not fit the output error that comes here"
             return LIVE, "formula not recomputed: an operation that is not known"
-        if not close(handed, expected):
+        if not close(handed, expected, coarsest=_coarsest(state)):
             if not any(bool(h.any()) for h in handed):
                 return UNROUTED if direct else WRONG, "nothing was handed back"
             return WRONG, f"what was handed back is {_BACKPROP if as_backprop else _NOT_THE_RULE}"
@@ -440,7 +446,7 @@ class _Verify:
                 return LIVE, "the rule comes to the same as backprop here"
             return WRONG, f"what was handed back is {_BACKPROP}"
         if not direct:
-            B, ours = self.used[name].get(state.name), self.weights.get(name)
+            B, ours = self._used(name).get(state.name), self.weights.get(name)
             if B is None or (ours is not None and not close([B], [ours[1].to(B.dtype)])):
                 return WRONG, "feedback(model) does not show the backward weight that the rule says"
         elif any(self._astray(call, place, e) for (call, place), e in zip(pairs, expected, strict=True)):
@@ -480,7 +486,7 @@ class _Verify:
         other = self.calls.get(call)
         if rule.silent or other is None:
             return total
-        used = self.used[call.name]
+        used = self._used(call.name)
         number = call.first + place.index
         name = state.name if number == 0 else f"{state.name}#{number}"
         for output in self.flow.downstream(other):
@@ -492,6 +498,8 @@ class _Verify:
                 sent = signal(rule, e, axis)
                 if dim is not None:
                     sent = weighted(sent, axis, dim)
+                if output.pick is not None:
+                    sent = output.pick.put(sent)
                 shape, pick = place.x.shape, other.pick
                 whole = shape if pick is None else pick.whole(shape)
                 fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
@@ -546,16 +554,33 @@ def _same(a: Sequence[Tensor | None], b: Sequence[Tensor | None], size: float = 
     return True
 
 
-def close(got: Sequence[Tensor | None], wanted: Sequence[Tensor | None], least: float = 0.0) -> bool:
-    """Equal to a few hundred units in the last place of the largest entry, or of ``least``."""
+def close(
+    got: Sequence[Tensor | None],
+    wanted: Sequence[Tensor | None],
+    least: float = 0.0,
+    coarsest: torch.dtype | None = None,
+) -> bool:
+    """Equal to a few hundred units in the last place of the largest entry (few, in formats of two bytes).
+
+    Args:
+        least: what the largest entry is taken to be at least.
+        coarsest: a dtype that numbers went through on the way, if they did.
+    """
     for a, b in zip(got, wanted, strict=True):
         if a is None or b is None or a.shape != b.shape or not torch.isfinite(a).all():
             return False
         size = max(float(b.detach().abs().max()) if b.numel() else 0.0, least)
-        tolerance = 2e3 * torch.finfo(b.dtype).eps if b.dtype.itemsize > 2 else 8 * torch.finfo(b.dtype).eps
+        dtypes = (b.dtype,) if coarsest is None else (b.dtype, coarsest)
+        tolerance = max((2e3 if dtype.itemsize > 2 else 8) * torch.finfo(dtype).eps for dtype in dtypes)
         if a.numel() and float((a - b).abs().max()) > tolerance * size:
             return False
     return True
+
+
+def _coarsest(state: LayerState) -> torch.dtype | None:
+    """The dtype of a direct rule's feedback, if that is not the layer's own."""
+    kept = state.structure().dtype if isinstance(state.rule, DirectRule) else None
+    return kept if kept is not None and kept.is_floating_point else None
 
 
 def _cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:

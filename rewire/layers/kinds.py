@@ -71,9 +71,11 @@ class BackwardWeight:
 
     Attributes:
         keep: whether :meth:`combine` reads W.
+        exchange: hooks that put B where an operation keeps W (:mod:`rewire.exchange`), once made.
     """
 
     keep: bool
+    exchange: Any = None
 
     def random(self, weight: Tensor) -> Tensor | None:
         """R for the weight the forward uses, if it is fixed."""

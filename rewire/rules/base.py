@@ -14,6 +14,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from rewire import structures
 from rewire.errors import ConversionError, nearest
 from rewire.routing import LAYOUTS
 
@@ -73,6 +74,8 @@ class DirectRule(Rule):
         silent: hands back zeros; no feedback is made at all.
         layout: order of the dimensions of the layer's input and output, ``"batch_first"`` (N, T, F) or
             ``"sequence_first"`` (T, N, F); None: told by the shapes, with a warning where they fit both.
+        feedback: structure of B for the layers under this rule object, a name or an object from
+            :mod:`rewire.structures`; None: what ``convert(feedback=...)`` says.
 
     Example:
         >>> from rewire.rules.direct import DFA
@@ -82,15 +85,19 @@ class DirectRule(Rule):
     needs_targets: ClassVar[bool] = False
     silent: ClassVar[bool] = False
     layout: str | None = None
+    feedback: str | structures.Structure | None = None
 
-    def __init__(self, *, layout: str | None = None) -> None:
+    def __init__(self, *, layout: str | None = None, feedback: str | structures.Structure | None = None) -> None:
         if layout is not None and layout not in LAYOUTS:
             raise ConversionError(f"layout is {' or '.join(map(repr, LAYOUTS))} (or None), not {layout!r}")
         self.layout = layout
+        if feedback is not None:
+            self.feedback = structures.resolve(feedback)
 
     def __repr__(self) -> str:
         plain = super().__repr__()
-        return plain if self.layout is None else f"{plain}(layout={self.layout!r})"
+        said = [f"{what}={value!r}" for what in ("layout", "feedback") if (value := getattr(self, what)) is not None]
+        return f"{plain}({', '.join(said)})" if said else plain
 
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         """What is projected, in the output's shape.

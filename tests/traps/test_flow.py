@@ -514,6 +514,47 @@ def test_ways_to_pick_rows(how):
     check(Net, X, loss, "fa", outputs=["head"])
 
 
+class Masked(nn.Module):
+    """The head sees masked tokens alone, as in masked language modelling."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, x, mask):
+        h = torch.tanh(self.b(torch.tanh(self.a(x))))
+        h = h + torch.tanh(self.mix(h.mean(1, keepdim=True) + h))
+        return self.head(h[mask])
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 12])
+@pytest.mark.parametrize("rule", [*RULES, "sdfa", "shallow"])
+def test_a_head_on_masked_tokens_alone(rule, count):
+    mask = torch.zeros(12, dtype=torch.bool)
+    mask[torch.randperm(12, generator=torch.Generator().manual_seed(3))[:count]] = True
+    mask = mask.reshape(3, 4)
+    zero = ("a", "b", "mix") if rule == "shallow" else ()
+    model, _ = check(Masked, (TOKENS, mask), lambda out: (out - 1).square().mean(), rule, outputs=["head"], zero=zero)
+    if rule == "dfa":
+        seen = []
+        model.b.register_forward_pre_hook(lambda m, args: seen.append(args[0].register_hook(seen.append)) and None)
+        one_pass(model, (TOKENS, mask), lambda out: (out - 1).square().mean())
+        whole = torch.zeros(3, 4, 4, dtype=torch.float64)
+        whole[mask] = rewire.output_error(model)
+        assert torch.allclose(seen[1], whole @ rewire.feedback(model)["b"], atol=1e-12)
+
+
+@pytest.mark.parametrize("layers", [{"head": "bp"}, {"head": "fa"}, {"b": "fa", "mix": "bp"}])
+def test_mixes_on_masked_tokens(layers):
+    mask = torch.tensor([[True, False, True, False], [False, False, False, True], [True, True, False, False]])
+    model = rewire.convert(build(Masked), "dfa", layers=layers)
+    for _ in range(3):
+        one_pass(model, (TOKENS, mask), lambda out: (out - 1).square().mean())
+    result = rewire.verify(model, (TOKENS, mask), lambda out: (out - 1).square().mean())
+    assert result.ok, str(result)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_one_token_of_each_sample_is_no_pick_of_rows(rule):
     """The last token of each, as a sequence classifier takes it."""
