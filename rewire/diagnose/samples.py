@@ -64,7 +64,9 @@ class Samples:
                     if before is not None and after is not None and axis != 0:
                         self.factors.setdefault(place, []).append(compare(before, after, axis, dim))
 
-    def disagree(self, place: Place, axis: int, fed: Tensor, fed_weighted: Mapping[int, Tensor]) -> bool:
+    def disagree(
+        self, place: Place, axis: int, fed: Tensor, fed_weighted: Mapping[int, Tensor], coarse: bool = False
+    ) -> bool:
         """Whether rows got the feedback of other errors than their own sample's.
 
         Args:
@@ -72,13 +74,14 @@ class Samples:
             axis: of the features in the input.
             fed: what is fed back.
             fed_weighted: the same with the errors weighted, by dimension.
+            coarse: these went through numbers of two bytes.
         """
         verdicts: list[bool] = []
         for shown in self.factors.get(place, []):
             if shown.dim not in fed_weighted or not bool(shown.clear.any()):
                 continue
-            got = compare(fed, fed_weighted[shown.dim], axis, shown.dim)
-            fits = got.clear & ((got.factor - shown.factor).abs() <= _TOLERANCE)
+            got = compare(fed, fed_weighted[shown.dim], axis, shown.dim, coarse)
+            fits = got.clear & ((got.factor - shown.factor).abs() <= (3 if coarse else 1) * _TOLERANCE)
             rows = shown.clear & _alive(_rows(fed, axis))
             verdicts.append(bool((rows & ~fits).any()))
         return bool(verdicts) and all(verdicts)
@@ -97,13 +100,13 @@ def weighted(e: Tensor, axis: int, dim: int) -> Tensor:
     return e * factor.reshape([-1 if d == dim else 1 for d in range(e.dim())])
 
 
-def compare(before: Tensor, after: Tensor, axis: int, dim: int) -> Factors:
+def compare(before: Tensor, after: Tensor, axis: int, dim: int, coarse: bool = False) -> Factors:
     """What each row of ``before`` was multiplied by to give ``after``."""
     a, b = (_rows(t, axis).double() for t in (before, after))
     size = a.square().sum(1)
     factor = (a * b).sum(1) / size.clamp_min(1e-300)
     rest = (b - factor[:, None] * a).square().sum(1).sqrt()
-    precise = 1e-3 if before.dtype.itemsize > 2 else 3e-2
+    precise = 3e-2 if coarse or before.dtype.itemsize <= 2 else 1e-3
     return Factors(dim, factor, _alive(a) & (rest <= precise * b.square().sum(1).sqrt()))
 
 

@@ -515,7 +515,9 @@ class _Verify:
             return False
         weighted_too = {f.dim: self._fed(call, place, f.dim) for f in self.samples.factors.get(other, [])}
         known = {dim: t for dim, t in weighted_too.items() if t is not None}
-        return self.samples.disagree(other, call.state.kind.axis(place.x.dim()), fed, known)
+        kept = _coarsest(call.state)
+        coarse = kept is not None and kept.itemsize <= 2
+        return self.samples.disagree(other, call.state.kind.axis(place.x.dim()), fed, known, coarse)
 
     def _error_arrives(self, pairs: list[tuple[Seen, Place]]) -> bool:
         outputs = [o for call, _ in pairs if call in self.calls for o in self.flow.downstream(self.calls[call])]
