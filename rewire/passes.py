@@ -99,13 +99,17 @@ class OutputError:
             self._signals[rule] = rule.signal(self.error, self.targets, self.axis)
         return self._signals[rule]
 
-    def used(self) -> None:
-        """One port is done with e. After the last one e is let go: a loss kept around keeps no e alive."""
-        self._pending -= 1
+    def let_go(self) -> None:
+        """Forget e if no port will ask for it."""
         if self._pending <= 0:
             self.error = None
             self._signals = {}
             self.shared = {}
+
+    def used(self) -> None:
+        """One port is done with e. After the last one e is let go: a loss kept around keeps no e alive."""
+        self._pending -= 1
+        self.let_go()
 
 
 class Call:
@@ -121,9 +125,10 @@ class Call:
         feeders: for a layer with errors of its own: all calls upstream of it, so that no walk is done twice.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
+        mirrored: (x, rule), if the ticket is x Bᵀ.
     """
 
-    __slots__ = ("errors", "feeders", "index", "inputs", "own", "ports", "sources", "state", "tickets")
+    __slots__ = ("errors", "feeders", "index", "inputs", "mirrored", "own", "ports", "sources", "state", "tickets")
 
     def __init__(
         self,
@@ -142,6 +147,7 @@ class Call:
         self.feeders: list[Call] = []
         self.inputs: list[Tensor] = []
         self.index = 0
+        self.mirrored: tuple[Tensor, DirectRule] | None = None
 
 
 def metadata(node: Node) -> dict[Any, Any]:

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
 from rewire.errors import PassError
+from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, leave, upstream
 from rewire.rules.base import DirectRule, LocalRule
@@ -27,6 +29,7 @@ from rewire.wiring import LayerState, Role
 Forward = Callable[..., Any]
 # Looked up once: these run in every call of every layer.
 _backward_id: Callable[[], int] = torch._C._current_graph_task_id
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
@@ -86,7 +89,7 @@ def _run(
     return _finish(state, output, _sources(args, kwargs), [], [], 0)
 
 
-def steady(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
     """:func:`run` for nearly every call there is: a settled hidden layer under a direct rule, with one input.
 
     Written out in one place because every Python function more is felt in small layers, and more so when the
@@ -96,15 +99,44 @@ def steady(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) ->
         return run(state, module, forward, (x,), {})
     node = x.grad_fn
     errors: list[OutputError] = []
-    ticket = port(x, (state, state.rule, errors, 0, None))
+    B = state.mirror
+    if B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast():
+        # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours.
+        ticket = linear(x, B)
+        call = Call(state, [] if node is None else [node], [ticket], errors)
+        call.mirrored = (x, state.rule)  # type: ignore[assignment]
+    else:
+        ticket = port(x, (state, state.rule, errors, 0, None))
+        call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     y = forward(module, x.detach())
-    call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
         return _mark(state, call, y, joins=False) if isinstance(y, Tensor) else _mark_all(state, call, y, joins=False)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
     made.register_prehook(partial(check, call, _backward_id() != -1))  # type: ignore[union-attr]
     return y
+
+
+def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for a hidden layer under a local rule whose operation's weight can be exchanged."""
+    if state.wiring.unsettled or not exchangeable():
+        return run(state, module, forward, (x,), {})
+    y = forward(module, x)
+    if not x.requires_grad:
+        return y
+    rule = state.rule
+    backward = state.local
+    if type(backward) is not _Backward or backward.rule is not rule or rule.redraw:
+        backward = _backward(state, rule)  # type: ignore[arg-type]
+    node = y.grad_fn
+    for place in ("_raw_saved_mat2", "_raw_saved_weight"):  # nearly always: the operation is one node
+        saved = getattr(node, place, None)
+        if saved is not None and backward.exchange is not None:
+            saved.register_hooks(backward.exchange.pack, backward.exchange.unpack)
+            return y
+    if exchange(y, backward, transposed=state.kind.transposed):
+        return y
+    return run(state, module, forward, (x,), {})
 
 
 class _Backward(BackwardWeight):
@@ -114,6 +146,7 @@ class _Backward(BackwardWeight):
         self.state = state
         self.rule = rule
         self.keep = rule.uses_weight
+        self.lasting = not rule.redraw
         self.draw = draw
         self.scale = 0.0
         self.fixed: Tensor | None = None
@@ -223,7 +256,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     if joins:
         y = _join(state, call, y)
     elif call.tickets and not y.requires_grad:
-        y = join(y, state, None, False, *call.tickets)  # frozen: keeps the graph in one piece
+        y = join(y, state, None, False, [], *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
         # An in-place operation on a view would replace its graph node, and the call left there with it.
         y = alias(y)
@@ -243,18 +276,29 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
+    mirrored: list[Tensor] = []
+    rules: list[DirectRule] = []
     for feeder in [call, *feeders]:
         feeder.errors.append(error)
+        if feeder.mirrored is not None:
+            (x, rule), ticket = feeder.mirrored, feeder.tickets[0]
+            if state.role is Role.OUTPUT and ticket.shape == y.shape and ticket.dtype is y.dtype:
+                mirrored.append(ticket)
+                rules.append(rule)
+            else:  # not the output the ticket was made for, or not with an error for each row of x
+                tickets.append(port(x, (feeder.state, rule, [error], 0, None)))
+                error.ports += 1
+            continue
         tickets.extend(feeder.tickets)
         error.ports += feeder.ports
         for lower in feeder.own:
             lower.above.append(error)
-    if not y.requires_grad and not tickets:
+    if not y.requires_grad and not tickets and not mirrored:
         return y
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    return join(y, state, error, nested, *tickets)
+    return join(y, state, error, nested, rules, *tickets, *mirrored)
 
 
 def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
