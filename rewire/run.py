@@ -158,7 +158,7 @@ class _Backward(BackwardWeight):
         elif self.rule.random:
             fixed = self.fixed
             if fixed is None or (fixed.shape, fixed.dtype, fixed.device) != (weight.shape, weight.dtype, weight.device):
-                self.fixed = self.state.random(weight.shape, weight.dtype, weight.device)
+                self.fixed = self.state.random(self.rule, weight.shape, weight.dtype, weight.device)
         return self.fixed
 
     def note(self, weight: Tensor) -> None:
@@ -167,7 +167,7 @@ class _Backward(BackwardWeight):
 
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
         if self.rule.redraw:
-            random = self.state.random(*self.like, self.draw)
+            random = self.state.random(self.rule, *self.like, self.draw)
         return self.rule.backward_weight(weight, random, self.scale)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
-from rewire.feedback import standard_normal
+from rewire.feedback import quick_normal, standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
 from rewire.routing import Reading, Route, route_to
@@ -558,16 +558,22 @@ class LayerState:
 
     # -- local rules -------------------------------------------------------------------------------
 
-    def random(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0) -> Tensor:
-        """R of a local rule: N(0, std^2). Kept, unless it is a redraw."""
-        key = (shape, dtype, device)
+    def random(
+        self, rule: LocalRule, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0
+    ) -> Tensor:
+        """R of a local rule: N(0, std^2), or its magnitude. Kept, unless it is a redraw."""
+        assert self.std is not None
+        if draw:
+            drawn = quick_normal(
+                shape, seed=self.wiring.seed, name=self.name, draw=draw, scale=self.std, magnitude=rule.magnitude
+            )
+            return drawn.to(device=device, dtype=dtype)
+        key = (shape, dtype, device, rule.magnitude)
         found = self._random.get(key)
-        if found is None or draw:
-            assert self.std is not None
-            unit = standard_normal(shape, seed=self.wiring.seed, name=self.name, draw=draw)
-            found = (unit * self.std).to(device=device, dtype=dtype)
-            if not draw:
-                self._random = {key: found}
+        if found is None:
+            unit = standard_normal(shape, seed=self.wiring.seed, name=self.name)
+            found = ((unit.abs_() if rule.magnitude else unit) * self.std).to(device=device, dtype=dtype)
+            self._random = {key: found}
         return found
 
     def local_scale(self, weight: Tensor) -> float:
