@@ -242,7 +242,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
     stream = _stream(state)
     if stream is not None and not stream.joins:
-        return y
+        return alias(y) if y._is_view() else y  # as what joins return: no view
     wiring = state.wiring
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())

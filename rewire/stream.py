@@ -282,7 +282,7 @@ class _Pieces(Stream):
         if self._stepper is not None and step.ready:
             self._stepper.step(step.ready)
         args, kwargs = tree_unflatten(leaves, spec)
-        y = forward(module, *args, **kwargs)
+        y = finish(state, forward(module, *args, **kwargs), [], [], step.errors, 0)
         if step.inputs and not step.errors:
             self._watch(state, y)
         return y
