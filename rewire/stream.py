@@ -190,6 +190,11 @@ class _Survey(Stream):
         kwargs: dict[str, Any],
     ) -> Any:
         """Note the call; run the operation cut off from its inputs."""
+        if _checkpointed():
+            raise PassError(
+                f"layer {state.label} runs under activation checkpointing, which would run it again in the backward of "
+                "each piece: a streamed pass needs none, switch it off (or use loss.backward())"
+            )
         errors: list[OutputError] = []
         call = SeenCall(state, errors, [])
         sources = []
@@ -418,6 +423,12 @@ def _check_optimizer(optimizer: object) -> None:
         raise ConversionError(f"optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConversionError("LBFGS needs all gradients at once: leave optimizer= out and step it yourself")
+
+
+def _checkpointed() -> bool:
+    """Whether what is saved now goes to ``torch.utils.checkpoint``."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 @contextmanager
