@@ -129,9 +129,8 @@ def _first(wiring: Wiring, forward: Callable[[], tuple[Any, Tensor]]) -> Plan | 
     survey = _Survey(wiring)
     with _as(survey), saved_tensors_hooks(survey.pack, survey.unpack):
         _, loss = forward()
-    if survey.unknown:
+    if not survey.find_errors(loss):
         return None
-    survey.find_errors(loss)
     return plan(survey.calls, survey.walls, loss)
 
 
@@ -151,16 +150,12 @@ class _Survey(Stream):
 
     Its graph is complete, and empty: up to the first output layer, tensors that nodes want to save for the backward
     are dropped. What follows is kept, since e is found through it.
-
-    Attributes:
-        unknown: a layer's scale or role is not known yet.
     """
 
     joins = True
 
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
-        self.unknown = False
         self.calls: list[SeenCall] = []
         self.walls: dict[Edge, SeenWall] = {}
         self._outputs: list[tuple[OutputError, GradientEdge]] = []
@@ -201,7 +196,6 @@ class _Survey(Stream):
         leaves, spec = tree_flatten((args, kwargs))
         for place, x in enumerate(leaves):
             if isinstance(x, Tensor) and x.requires_grad:
-                self.unknown = self.unknown or not state.settled
                 if x.grad_fn is not None:
                     sources.append(x.grad_fn)
                 call.inputs.append((place, self._place(x)))
@@ -228,21 +222,25 @@ class _Survey(Stream):
 
     def joined(self, error: OutputError, y: Tensor) -> None:
         """Note an output layer's output."""
-        self.unknown = self.unknown or error.state.role is Role.UNKNOWN
         self._outputs.append((error, get_gradient_edge(y)))
 
-    def find_errors(self, loss: Tensor) -> None:
-        """Compute every e, as the joins of an ordinary backward do."""
-        edges = [edge for _, edge in self._outputs]
-        if not edges:
-            return
+    def find_errors(self, loss: Tensor) -> bool:
+        """Compute every e, as the joins of an ordinary backward do; False if a layer is not settled yet."""
+        if not self._outputs:
+            return True
         with _no_autocast():
-            gradients = torch.autograd.grad(loss, edges, allow_unused=True)
+            gradients = torch.autograd.grad(loss, [edge for _, edge in self._outputs], allow_unused=True)
         # An error further downstream decides whether those above it count, and is younger than they are.
-        for (error, _), gradient in zip(reversed(self._outputs), reversed(gradients), strict=True):
-            if gradient is not None:
-                self.wiring.error_reached(error.state, error, gradient)
-                error.stand()
+        arrived = [(error, g) for (error, _), g in zip(self._outputs, gradients, strict=True) if g is not None][::-1]
+        if any(error.state.role is Role.UNKNOWN for error, _ in arrived):
+            return False
+        seen = {error for error, _ in arrived}
+        if any(call.inputs and not call.state.settled and not seen.isdisjoint(call.errors) for call in self.calls):
+            return False
+        for error, gradient in arrived:
+            self.wiring.error_reached(error.state, error, gradient)
+            error.stand()
+        return True
 
 
 class _Pieces(Stream):
