@@ -1,6 +1,6 @@
 """Memory and time of one step: backprop, a direct rule, the same streamed, and activation checkpointing.
 
-    python benchmarks/memory.py               # everything; about a quarter of an hour on two cores
+    python benchmarks/memory.py               # everything; some minutes on two cores
     python benchmarks/memory.py --turns 0     # memory only, a minute or two
 
 Memory is the peak of everything allocated during a step (forward, loss, backward) beyond what was there before it;
@@ -162,8 +162,8 @@ def main() -> None:
         (f"MLP, {depth} layers of 512, batch 4096", partial(MLP, depth), (4096, 512), {}) for depth in (8, 32, 128)
     ]
     cases += [
-        ("transformer, 24 blocks", partial(Transformer, 24), (16, 128, 128), {}),
-        ("transformer, 24 blocks, blocks=", partial(Transformer, 24), (16, 128, 128), {"blocks": ["blocks.*"]}),
+        ("transformer, 24 blocks", partial(Transformer, 24), (8, 64, 128), {}),
+        ("transformer, 24 blocks, blocks=", partial(Transformer, 24), (8, 64, 128), {"blocks": ["blocks.*"]}),
     ]
     about = machine(options.device)
     table = Table(title=f"Peak memory of a step in MiB (of backprop's), time / backprop [quartiles]. {about}")
