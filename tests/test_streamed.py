@@ -161,6 +161,26 @@ class Heads(nn.Module):
         return {"side": side, "main": self.head(torch.tanh(self.c(h)))}
 
 
+class Row(nn.Module):
+    """An output that another one is made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, CLASSES), nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, x):
+        side = self.b(torch.tanh(self.a(x)))
+        return {"side": F.log_softmax(side, -1), "main": self.head(torch.tanh(side))}
+
+
+class FedOn(Row):
+    """An output that another layer is fed with; on tokens, where linear layers return views."""
+
+    def forward(self, x):
+        side = self.b(torch.tanh(self.a(x)))
+        return {"main": self.head(side).mean(1), "side": F.log_softmax(side, -1).mean(1)}
+
+
 class Tied(nn.Module):
     """One layer that runs three times, and an output weight that is also an embedding."""
 
@@ -252,6 +272,9 @@ CASES = {
     "two inputs": (TwoInputs, x8, loss_of, {"blocks": ["mix"]}),
     "heads": (Heads, x8, both, {}),
     "one head": (Heads, x8, lambda out: loss_of(out["main"]), {}),
+    "outputs in a row": (Row, x8, both, {"output": ["b", "head"], "scale": SCALE}),
+    "lower output alone": (Row, x8, lambda out: both(out | {"main": out["main"].detach()}), {"output": ["b", "head"]}),
+    "output fed on": (FedOn, tokens, both, {"output": ["b", "head"], "scale": SCALE}),
     "tied": (Tied, LABELS, loss_of, {}),
     "sometimes": (Sometimes, x8, loss_of, {}),
     "loss inside": (LossInside, {"x": x8, "labels": LABELS}, lambda out: out["loss"], {}),
