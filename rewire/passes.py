@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rewire.wiring import LayerState
 
 Node = torch.autograd.graph.Node
+_ALWAYS = -3  # in place of the number of a backward pass
 CALL = "rewire.call"  # where a call lies in the metadata of its output's graph node
 
 
@@ -90,7 +91,11 @@ class OutputError:
 
     def here(self) -> bool:
         """Whether e arrived in the backward pass under way."""
-        return self._arrived == backward_id()
+        return self._arrived == backward_id() or self._arrived == _ALWAYS
+
+    def stand(self) -> None:
+        """An e that arrived counts in all later backward passes too (a streamed pass has many)."""
+        self._arrived = _ALWAYS
 
     def signal(self, rule: DirectRule) -> Tensor:
         """What ``rule`` makes of e, computed once per pass for all layers."""

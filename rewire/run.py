@@ -1,16 +1,17 @@
 """One call of one converted layer: where x is cut, and what is left on the graph.
 
 Under ``bp`` the operation runs as it is, under a local rule with another backward weight, and under a direct rule in
-:func:`_direct`, cut off from its input. All end in :func:`_finish`, which joins the output to the pass if the
+:func:`_direct`, cut off from its input. All end in :func:`finish`, which joins the output to the pass if the
 layer is, or may be, an output layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,50 @@ from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, leave, upstream
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.targets import current_targets
-from rewire.wiring import LayerState, Role
+from rewire.wiring import LayerState, Role, Wiring
 
 Forward = Callable[..., Any]
 # Looked up once: these run in every call of every layer.
 _backward_id: Callable[[], int] = torch._C._current_graph_task_id
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+class Stream(Protocol):
+    """A forward that takes the calls of direct rules into its own hands (:mod:`rewire.stream`).
+
+    Attributes:
+        wiring: the conversion it is about.
+        joins: output layers are to be joined to the pass.
+    """
+
+    wiring: Wiring
+    joins: bool
+
+    def direct(
+        self,
+        state: LayerState,
+        rule: DirectRule,
+        module: nn.Module,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        index: int,
+    ) -> Any:
+        """In place of :func:`_direct`."""
+
+    def joined(self, error: OutputError, y: Tensor) -> None:
+        """An output layer was joined to the pass; ``y`` is its output."""
+
+
+# Read only where skip connections are cut (a streamed pass cuts), and at output layers.
+streaming: ContextVar[Stream | None] = ContextVar("rewire_streaming", default=None)
+
+
+def _stream(state: LayerState) -> Stream | None:
+    """The streamed forward that this call is a part of; a recomputation in a backward is none."""
+    stream = streaming.get()
+    return stream if stream is not None and stream.wiring is state.wiring and backward_id() == -1 else None
 
 
 def run(
@@ -77,6 +115,8 @@ def _run(
     if isinstance(rule, DirectRule):
         if _transforming():
             return _transformed(state, rule, module, forward, args, kwargs, index)
+        if state.wiring.skip == "cut" and (stream := _stream(state)) is not None:
+            return stream.direct(state, rule, module, forward, args, kwargs, index)
         return _direct(state, rule, module, forward, args, kwargs, index)
     if isinstance(rule, LocalRule):
         output = kind.run(module, forward, args, kwargs, _backward(state, rule))
@@ -86,7 +126,7 @@ def _run(
         return output
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
-    return _finish(state, output, _sources(args, kwargs), [], [], 0)
+    return finish(state, output, _sources(args, kwargs), [], [], 0)
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
@@ -196,14 +236,14 @@ def _direct(
     errors: list[OutputError] = []
     if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):  # nearly every layer
         if not x.requires_grad:
-            return _finish(state, forward(module, x), [], [], errors, 0)
+            return finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
         feed = (state, rule, errors, index, _wall(state, rule, x))
         sources = [] if node is None else [node]
         if state.settled:
             ticket = port(x, feed)
-            return _finish(state, forward(module, x.detach()), sources, [ticket], errors, 1)
-        return _finish(state, forward(module, probe(x, feed)), sources, [], errors, 1)
+            return finish(state, forward(module, x.detach()), sources, [ticket], errors, 1)
+        return finish(state, forward(module, probe(x, feed)), sources, [], errors, 1)
 
     leaves, spec = tree_flatten((args, kwargs))
     tickets: list[Tensor] = []
@@ -221,7 +261,7 @@ def _direct(
                 leaves[i] = probe(x, feed)
             ports += 1
     args, kwargs = tree_unflatten(leaves, spec)
-    return _finish(state, forward(module, *args, **kwargs), sources, tickets, errors, ports)
+    return finish(state, forward(module, *args, **kwargs), sources, tickets, errors, ports)
 
 
 def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:
@@ -229,7 +269,7 @@ def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:
     return wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
 
 
-def _finish(
+def finish(
     state: LayerState,
     output: Any,
     sources: list[Node],
@@ -271,6 +311,9 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
 
 def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
+    stream = _stream(state)
+    if stream is not None and not stream.joins:
+        return alias(y) if y._is_view() else y  # as what joins return: no view
     wiring = state.wiring
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
@@ -298,7 +341,10 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    return join(y, state, error, nested, rules, *tickets, *mirrored)
+    joined = join(y, state, error, nested, rules, *tickets, *mirrored)
+    if stream is not None:
+        stream.joined(error, joined)
+    return joined
 
 
 def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
