@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rewire import hosts
-from rewire.run import run, steady
+from rewire.run import run, steady_direct, steady_local
 from rewire.wiring import LayerState
 
 # Looked up once: these run in every call of every layer.
@@ -67,8 +67,9 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
         state: LayerState = self.__dict__[STATE]
         if _compiling():
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
-        if state.steady and len(args) == 1 and not kwargs:
-            return steady(state, self, parent.forward, args[0])
+        steady = state.steady
+        if steady and len(args) == 1 and not kwargs:
+            return (steady_direct if steady == "direct" else steady_local)(state, self, parent.forward, args[0])
         return run(state, self, parent.forward, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
-from rewire.feedback import standard_normal
+from rewire.feedback import quick_normal, standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
 from rewire.picks import Pick
@@ -27,6 +27,8 @@ from rewire.routing import Reading, Route, route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
+
+_SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
 
 
 class Role(Enum):
@@ -112,8 +114,8 @@ class Wiring:
                 state.dead("its weight is also used by an operation of another module's own")
         self.bypassed, self._weights = set(), {}
 
-    def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> None:
-        """The gradient at the output of ``state`` is here: the output error, or a hidden layer's own.
+    def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> bool:
+        """The gradient at the output of ``state`` is here. Whether it is the output error, not a hidden layer's own.
 
         Called in the backward of the layer's join, before any port upstream of it runs.
         """
@@ -125,13 +127,14 @@ class Wiring:
             if state.name not in self.outputs:
                 self.outputs.append(state.name)
         if state.role is Role.OUTPUT:
-            return
+            return is_output
         # Roles are votes of passes: a side loss alone may come first and look like the output.
         if is_output != error.voted:
             state.votes += 1 if is_output else -1
             error.voted = is_output
         state.seen = True
         self.unsettled = True
+        return is_output
 
     def _check_asked(self, state: LayerState, is_output: bool) -> None:
         assert self.asked is not None
@@ -234,7 +237,8 @@ class LayerState:
         observer: called before and after each such use, as forward hooks are around a forward.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
-        steady: settled, hidden, under a direct rule, with nothing special: the short way through a call.
+        steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
+        mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
         ports: number of inputs that get feedback (one, except for blocks).
     """
 
@@ -265,7 +269,8 @@ class LayerState:
         self.local: object = None
         self.used: Tensor | None = None
         self.settled = False
-        self.steady = False
+        self.steady = ""
+        self.mirror: Tensor | None = None
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
         self._made: dict[tuple[Any, ...], Tensor | Feedback] = {}
@@ -284,6 +289,7 @@ class LayerState:
             "_routes": {},
             "_made": {},
             "_last": None,
+            "mirror": None,
             "local": None,
             "observer": None,
             "busy": set(),
@@ -321,8 +327,15 @@ class LayerState:
         direct = isinstance(self.rule, DirectRule)
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
-        hidden = self.settled and direct and self.role is Role.HIDDEN
-        self.steady = hidden and self.wiring.skip == "keep" and not self.watched and not self.picks
+        hidden = self.settled and self.role is Role.HIDDEN
+        if direct:
+            self.steady = (
+                "direct" if hidden and self.wiring.skip == "keep" and not self.watched and not self.picks else ""
+            )
+        else:
+            plain = isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges
+            self.steady = "local" if plain and not self.watched else ""
+        self.mirror = None
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
@@ -406,6 +419,9 @@ class LayerState:
         else:
             route, feedback = self._find(rule, error, index, shape, signal.shape, dtype, device)
             self._last = key, route, feedback
+            self.mirror = None
+            if route.plain and len(self.wiring.outputs) == 1 and type(feedback) is Tensor:
+                self.mirror = feedback if feedback.shape[0] <= _SMALL else None
         if type(feedback) is Tensor:
             fed = route(signal, feedback)
         else:
@@ -456,6 +472,7 @@ class LayerState:
         self._routes = {}
         self._made = {}
         self._last = None
+        self.mirror = None
 
     @property
     def order(self) -> Reading | None:
@@ -573,16 +590,22 @@ class LayerState:
 
     # -- local rules -------------------------------------------------------------------------------
 
-    def random(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0) -> Tensor:
-        """R of a local rule: N(0, std^2). Kept, unless it is a redraw."""
-        key = (shape, dtype, device)
+    def random(
+        self, rule: LocalRule, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0
+    ) -> Tensor:
+        """R of a local rule: N(0, std^2), or its magnitude. Kept, unless it is a redraw."""
+        assert self.std is not None
+        if draw:
+            drawn = quick_normal(
+                shape, seed=self.wiring.seed, name=self.name, draw=draw, scale=self.std, magnitude=rule.magnitude
+            )
+            return drawn.to(device=device, dtype=dtype)
+        key = (shape, dtype, device, rule.magnitude)
         found = self._random.get(key)
-        if found is None or draw:
-            assert self.std is not None
-            unit = standard_normal(shape, seed=self.wiring.seed, name=self.name, draw=draw)
-            found = (unit * self.std).to(device=device, dtype=dtype)
-            if not draw:
-                self._random = {key: found}
+        if found is None:
+            unit = standard_normal(shape, seed=self.wiring.seed, name=self.name)
+            found = ((unit.abs_() if rule.magnitude else unit) * self.std).to(device=device, dtype=dtype)
+            self._random = {key: found}
         return found
 
     def local_scale(self, weight: Tensor) -> float:

@@ -45,6 +45,19 @@ def model(request):
     return build
 
 
+def every_call(monkeypatch, function):
+    """Each call of each layer is ``function(plain, state, module, forward, args, kwargs)``."""
+    plain = swap.run
+    monkeypatch.setattr(swap, "run", lambda *call: function(plain, *call))
+    for short in ("steady_direct", "steady_local"):
+        name = getattr(swap, short)
+
+        def steady(state, module, forward, x, name=name):
+            return function(lambda s, m, f, args, kwargs: name(s, m, f, args[0]), state, module, forward, (x,), {})
+
+        monkeypatch.setattr(swap, short, steady)
+
+
 # -- what is handed back -----------------------------------------------------------------------------------
 
 TAMPER = {
@@ -57,8 +70,14 @@ TAMPER = {
 }
 
 
+@pytest.fixture
+def ports(monkeypatch):
+    """Feedback goes through ports; where B is small it would be PyTorch's own product."""
+    monkeypatch.setattr(run, "_autocast", lambda: True)
+
+
 @pytest.mark.parametrize("how", TAMPER)
-def test_a_port_that_hands_back_something_else(monkeypatch, model, how):
+def test_a_port_that_hands_back_something_else(monkeypatch, ports, model, how):
     m = model("dfa")
     plain = LayerState.hand_back
 
@@ -72,18 +91,35 @@ def test_a_port_that_hands_back_something_else(monkeypatch, model, how):
 
 
 @pytest.mark.parametrize("how", TAMPER)
+def test_a_ticket_that_hands_back_something_else(monkeypatch, how):
+    m = made(mlp, "dfa")
+    for _ in range(3):
+        loss_of(m(X)).backward()
+    plain, used = run.linear, []
+
+    def broken(x, B):
+        used.append(B)
+        x = x.clone()
+        x.register_hook(TAMPER[how])
+        return plain(x, B)
+
+    monkeypatch.setattr(run, "linear", broken)
+    check(m, "2")
+    assert used
+
+
+@pytest.mark.parametrize("how", TAMPER)
 def test_a_local_rule_that_hands_back_something_else(monkeypatch, model, how):
     m = model("fa")
-    plain = swap.run
 
-    def broken(state, module, forward, args, kwargs, *rest):
+    def broken(plain, state, module, forward, args, kwargs):
         if state.name == "2":
             x = args[0].clone()
             x.register_hook(TAMPER[how])
             args = (x,)
-        return plain(state, module, forward, args, kwargs, *rest)
+        return plain(state, module, forward, args, kwargs)
 
-    monkeypatch.setattr(swap, "run", broken)
+    every_call(monkeypatch, broken)
     check(m, "2")
 
 
@@ -107,7 +143,7 @@ def test_another_weight_in_the_backward(monkeypatch, model, how):
     check(m, "2")
 
 
-def test_a_port_that_hands_back_nothing(monkeypatch, model):
+def test_a_port_that_hands_back_nothing(monkeypatch, ports, model):
     m = model("dfa")
     monkeypatch.setattr(LayerState, "hand_back", lambda self, *args: None)
     assert set(statuses(check(m, "2", "4")).values()) <= {"first layer", "unrouted", "wrong"}
@@ -128,10 +164,7 @@ def test_a_layer_left_out_of_the_pass(monkeypatch, model):
 @pytest.mark.parametrize("rule", ["fa", "usf", "brsf", "frsf", "dfa", "sdfa", "shallow"])
 def test_a_rule_that_is_not_used_at_all(monkeypatch, model, rule):
     m = model(rule)
-    monkeypatch.setattr(
-        "rewire.swap.run", lambda state, module, forward, args, kwargs: forward(module, *args, **kwargs)
-    )
-    monkeypatch.setattr("rewire.swap.steady", lambda state, module, forward, x: forward(module, x))
+    every_call(monkeypatch, lambda plain, state, module, forward, args, kwargs: forward(module, *args, **kwargs))
     check(m, "4")
 
 
@@ -170,7 +203,7 @@ def test_random_feedback_without_its_scale(monkeypatch):
     monkeypatch.setattr(
         LayerState,
         "random",
-        lambda self, shape, dtype, device, draw=0: standard_normal(shape, seed=0, name=self.name).to(dtype),
+        lambda self, rule, shape, dtype, device, draw=0: standard_normal(shape, seed=0, name=self.name).to(dtype),
     )
     check(m, "4", "2")
 
@@ -214,15 +247,14 @@ def test_feedback_that_is_not_the_one_in_use(monkeypatch, model):
 @pytest.mark.parametrize("which", ["weight", "bias"])
 def test_a_wrong_gradient_of_a_local_rules_own(monkeypatch, model, which):
     m = model("fa")
-    plain = swap.run
 
-    def off(state, module, *rest):
+    def off(plain, state, module, *rest):
         y, parameter = plain(state, module, *rest), getattr(module, which)
         if state.name != "2" or not isinstance(state.rule, rewire.LocalRule):
             return y
         return y + 1e-6 * (parameter - parameter.detach()).sum()  # the value is the same
 
-    monkeypatch.setattr(swap, "run", off)
+    every_call(monkeypatch, off)
     check(m, "2", status={"wrong"})
 
 
@@ -234,11 +266,10 @@ def test_a_wrong_gradient_of_a_direct_rules_own(monkeypatch, model, which):
         y, parameter = nn.Linear.forward(module, x), getattr(module, which)
         return y + 1e-6 * (parameter - parameter.detach()).sum() if y.shape[-1] == 6 else y
 
-    direct, short = run._direct, run.steady
-    monkeypatch.setattr(
-        run, "_direct", lambda state, rule, module, forward, *rest: direct(state, rule, module, off, *rest)
-    )
-    monkeypatch.setattr("rewire.swap.steady", lambda state, module, forward, x: short(state, module, off, x))
+    def direct(plain, state, module, forward, args, kwargs):
+        return plain(state, module, off if isinstance(state.rule, rewire.DirectRule) else forward, args, kwargs)
+
+    every_call(monkeypatch, direct)
     check(m, "2", status={"wrong"})
 
 
@@ -279,7 +310,7 @@ def test_an_output_error_of_another_sample(monkeypatch, model):
     check(m, "4", "2")
 
 
-def test_a_route_to_other_rows(monkeypatch, model):
+def test_a_route_to_other_rows(monkeypatch, ports, model):
     m = model("dfa")
     plain = Route.__call__
     monkeypatch.setattr(Route, "__call__", lambda self, s, B: plain(self, s, B).flip(0))

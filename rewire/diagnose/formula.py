@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.diagnose.watch import Layer, Randomness, Seen
 from rewire.errors import RoutingError
-from rewire.feedback import standard_normal
+from rewire.feedback import quick_normal, standard_normal
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 from rewire.rules.direct import DFA, SDFA, Shallow
@@ -112,12 +112,17 @@ def backward_weight(state: LayerState, W: Tensor, draw: int) -> Tensor:
     if not isinstance(rule, LocalRule):
         return W
     s = state.local_scale(W)
-    number = draw if rule.redraw else 0
-    R = s * standard_normal(W.shape, seed=state.wiring.seed, name=state.name, draw=number)
+    seed, name = state.wiring.seed, state.name
+    if rule.redraw:
+        R = quick_normal(W.shape, seed=seed, name=name, draw=draw, scale=s)
+    else:
+        R = s * standard_normal(W.shape, seed=seed, name=name)
     R = R.to(W.device, W.dtype)
     ours = _BACKWARD.get(type(rule))
     if ours is not None:
         return ours(W, R, s)
+    if rule.magnitude:
+        R = R.abs()
     return rule.backward_weight(W if rule.uses_weight else None, R if rule.random else None, s)
 
 

@@ -449,6 +449,15 @@ def test_experts_get_the_errors_of_their_own_tokens(how, pooled):
         assert rewire.verify(model, x, token_loss).ok
 
 
+def test_a_streamed_pass_with_experts_is_refused_by_name():
+    model = rewire.convert(build(Experts), "dfa", skip="cut")
+    for _ in range(2):
+        one_pass(model, TOKENS, token_loss)
+    with pytest.raises(rewire.PassError, match=r"layer 'up\.0': rows of its input are picked"):
+        rewire.backward_streamed(model, TOKENS, token_loss)
+    assert rewire.verify(model, TOKENS, token_loss).ok
+
+
 class AsManyRows(Experts):
     """Every expert happens to get as many rows as there are tokens, in another order: shapes tell nothing."""
 
@@ -543,6 +552,26 @@ def test_a_head_on_masked_tokens_alone(rule, count):
         whole = torch.zeros(3, 4, 4, dtype=torch.float64)
         whole[mask] = rewire.output_error(model)
         assert torch.allclose(seen[1], whole @ rewire.feedback(model)["b"], atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [[3, 1, 5, 0, 2, 4], [5, 5, 0], [2]])
+def test_a_head_on_other_rows(order):
+    """As many as there are samples, in another order; twice the same; one."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.b(torch.tanh(self.a(x))))[torch.tensor(order)])
+
+    model, _ = check(Net, X, lambda out: (out - 1).square().mean(), "dfa", outputs=["head"], passes=4)
+    seen = []
+    model.b.register_forward_pre_hook(lambda m, args: seen.append(args[0].register_hook(seen.append)) and None)
+    one_pass(model, X, lambda out: (out - 1).square().mean())
+    whole = torch.zeros(N, 4, dtype=torch.float64).index_add(0, torch.tensor(order), rewire.output_error(model))
+    assert torch.allclose(seen[1], whole @ rewire.feedback(model)["b"], atol=1e-12)
 
 
 @pytest.mark.parametrize("layers", [{"head": "bp"}, {"head": "fa"}, {"b": "fa", "mix": "bp"}])
