@@ -85,11 +85,7 @@ Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None, Pi
 def _feed(feed: Feed, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """The feedback of all errors that arrived in this backward pass."""
     state, rule, errors, index, wall, pick = feed
-    if pick is None:
-        fed = state.hand_back(rule, errors, index, shape, dtype, device)
-    else:
-        fed = state.hand_back(rule, errors, index, pick.whole(shape), dtype, device)
-        fed = None if fed is None else pick(fed)
+    fed = state.hand_back(rule, errors, index, shape, dtype, device, pick)
     if wall is not None and fed is not None:
         wall.add(fed)
     return fed

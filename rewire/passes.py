@@ -52,6 +52,7 @@ class OutputError:
         "_pending",
         "_seen",
         "_signals",
+        "_whole",
         "above",
         "axis",
         "error",
@@ -77,6 +78,7 @@ class OutputError:
         self._hidden = False
         self._pending = 0
         self._signals: dict[DirectRule, Tensor] = {}
+        self._whole: dict[DirectRule, Tensor] = {}
         self.shared: Cache = {}
 
     def deliver(self, gradient: Tensor) -> bool:
@@ -89,7 +91,7 @@ class OutputError:
         self._arrived = now
         self._pending = self.ports
         self.error = gradient
-        self._signals = {}
+        self._signals, self._whole = {}, {}
         self.shared = {}
         return True
 
@@ -105,15 +107,22 @@ class OutputError:
         """What ``rule`` makes of e, computed once per pass for all layers."""
         assert self.error is not None
         if rule not in self._signals:
-            signal = rule.signal(self.error, self.targets, self.axis)
-            self._signals[rule] = signal if self.pick is None else self.pick.put(signal)
+            self._signals[rule] = rule.signal(self.error, self.targets, self.axis)
         return self._signals[rule]
+
+    def whole(self, rule: DirectRule) -> Tensor:
+        """:meth:`signal`, with picked rows back at their places in the batch."""
+        if self.pick is None:
+            return self.signal(rule)
+        if rule not in self._whole:
+            self._whole[rule] = self.pick.put(self.signal(rule))
+        return self._whole[rule]
 
     def let_go(self) -> None:
         """Forget e if no port will ask for it."""
         if self._pending <= 0:
             self.error = None
-            self._signals = {}
+            self._signals, self._whole = {}, {}
             self.shared = {}
 
     def used(self) -> None:

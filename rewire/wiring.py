@@ -376,22 +376,47 @@ class LayerState:
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
+        pick: Pick | None = None,
     ) -> Tensor | None:
-        """Feedback of all errors that arrived in this backward pass: a gradient for input ``index``."""
+        """Feedback of all errors that arrived in this backward pass: a gradient for input ``index``.
+
+        Args:
+            pick: how the rows of the input were picked from the batch, if they were.
+        """
         if len(errors) == 1:  # nearly every pass: no other output could have run this port
             error = errors[0]
             if error.error is None:
                 return None
-            fed = self.project(rule, error, error.signal(rule), index, shape, dtype, device)
+            if pick is None and error.pick is None:
+                fed = self.project(rule, error, error.signal(rule), index, shape, dtype, device)
+            else:
+                fed = self._picked(rule, error, index, shape, dtype, device, pick)
             error.used()
             return fed
         total: Tensor | None = None
         for error in errors:
             if error.here() and error.error is not None:
-                fed = self.project(rule, error, error.signal(rule), index, shape, dtype, device)
+                fed = self._picked(rule, error, index, shape, dtype, device, pick)
                 total = fed if total is None else total + fed
                 error.used()
         return total
+
+    def _picked(
+        self,
+        rule: DirectRule,
+        error: OutputError,
+        index: int,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        pick: Pick | None,
+    ) -> Tensor:
+        """Feedback where rows of the input, or of e, may have been picked from the batch."""
+        if pick is None:
+            return self.project(rule, error, error.whole(rule), index, shape, dtype, device)
+        if error.pick is not None and pick.same(error.pick):  # the same rows: nothing lies between
+            return self.project(rule, error, error.signal(rule), index, shape, dtype, device)
+        return pick(self.project(rule, error, error.whole(rule), index, pick.whole(shape), dtype, device))
 
     def project(
         self,
@@ -576,12 +601,9 @@ class LayerState:
         self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor, pick: Pick | None
     ) -> None:
         """Note how large the exact gradient is, and how large unit feedback would be, on this pass."""
-        shape = exact.shape if pick is None else pick.whole(exact.shape)
-        fed = self.hand_back(rule, errors, index, shape, exact.dtype, exact.device)
+        fed = self.hand_back(rule, errors, index, exact.shape, exact.dtype, exact.device, pick)
         if fed is None:
             return
-        if pick is not None:
-            fed = pick(fed)
         # float64: squares of tiny float16 or bfloat16 gradients must not vanish.
         sums = torch.stack([exact.detach().double().square().sum(), fed.detach().double().square().sum()]).tolist()
         before = self.sums or (0.0, 0.0)

@@ -498,9 +498,12 @@ class _Verify:
                 sent = signal(rule, e, axis)
                 if dim is not None:
                     sent = weighted(sent, axis, dim)
-                if output.pick is not None:
+                pick = other.pick
+                if output.pick is not None and pick is not None and pick.same(output.pick):
+                    pick = None  # the same rows: e's and the input's
+                elif output.pick is not None:
                     sent = output.pick.put(sent)
-                shape, pick = place.x.shape, other.pick
+                shape = place.x.shape
                 whole = shape if pick is None else pick.whole(shape)
                 fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
                 if fed is None:
