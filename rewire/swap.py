@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewire import hosts
+from rewire import hosts, traced
 from rewire.run import run, steady_direct, steady_local
 from rewire.wiring import LayerState
 
@@ -59,6 +59,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
     if key in _classes:
         return _classes[key]
 
+    traced.register()
     parent: Any = base
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +67,8 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():
+            if traced.prepare(state.wiring.key, state.name) and state.traceable:
+                return traced.call(state, self, parent.forward, args, kwargs)
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
         if steady and len(args) == 1 and not kwargs:

@@ -6,12 +6,14 @@ and everything that can be made again (feedback, routes, errors of past passes) 
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Hashable, Mapping
 from enum import Enum
 from threading import get_ident
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,11 @@ from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
 
 _SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
+
+
+# Every conversion alive, by number. Compiled graphs can name a conversion, but not hold one.
+conversions: WeakValueDictionary[int, Wiring] = WeakValueDictionary()
+_keys = itertools.count()
 
 
 class Role(Enum):
@@ -53,6 +60,7 @@ class Wiring:
         unsettled: a pass has shown something that the next forward has to take in.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         readings: orders of sequence and batch dimension that passes have shown.
+        key: a number of its own in this process: its name in compiled graphs.
         common: what structures of feedback keep once for all layers.
     """
 
@@ -78,9 +86,18 @@ class Wiring:
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
         self._warned: set[str] = set()
+        self._register()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "errors": {}, "common": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(_keys)
+        conversions[self.key] = self
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -246,6 +263,11 @@ class LayerState:
         self.settled = False
         self.steady = ""
         self.mirror: Tensor | None = None
+        self.written = ""
+        self.joins_traced = False
+        self.traceable = False
+        self.fixed: tuple[Tensor, ...] = ()
+        self.fixed_outputs: tuple[str, ...] = ()
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
         self._made: dict[tuple[Any, ...], Tensor | Feedback] = {}
@@ -265,6 +287,7 @@ class LayerState:
             "_made": {},
             "_last": None,
             "mirror": None,
+            "fixed": (),
             "local": None,
             "observer": None,
             "busy": set(),
@@ -309,6 +332,37 @@ class LayerState:
             plain = isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges
             self.steady = "local" if plain and not self.watched else ""
         self.mirror = None
+        self.written = repr(self.rule)
+        self.traceable = self._traceable()
+
+    def _traceable(self) -> bool:
+        """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
+        rule = self.rule
+        if not self.wiring.looked or self.watched:
+            return False
+        if isinstance(rule, LocalRule):
+            return self.kind.exchanges and not rule.redraw and self.std is not None
+        if isinstance(rule, DirectRule):
+            plain = all(isinstance(B, Tensor) for B in self._made.values())
+            known = self.settled or (self.role is not Role.UNKNOWN and not self._made)  # nothing to hand back to
+            return known and self.wiring.skip == "keep" and not rule.needs_targets and plain
+        return True
+
+    def prepare(self) -> None:
+        """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
+        self.refresh()
+        self.joins_traced = self.role is Role.OUTPUT and any(
+            isinstance(state.rule, DirectRule) for state in self.wiring.layers.values()
+        )
+        self.fixed = ()
+        rule = self.rule
+        if isinstance(rule, DirectRule) and not rule.silent:
+            made = {(output, index): B for (_, output, index, *_), B in self._made.items() if isinstance(B, Tensor)}
+            self.fixed_outputs = tuple(dict.fromkeys(output for output, _ in made))
+            indices = sorted({index for _, index in made})
+            self.fixed = tuple(made[output, index] for index in indices for output in self.fixed_outputs)
+        elif isinstance(rule, LocalRule) and rule.random and self._random:
+            self.fixed = (next(iter(self._random.values())),)
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
