@@ -18,6 +18,10 @@ from rewire.specs.spec import Example
 
 _CLASSES = 10
 _SIZES = (64, 96, 128, 224, 300)
+_TOLD: dict[str, Callable[[int], dict[str, int]]] = {
+    "vision_transformer": lambda size: {"image_size": size},
+    "detection": lambda size: {"min_size": 2 * size, "max_size": 2 * size},
+}
 
 
 def prepare(name: str) -> Callable[[int], Example]:
@@ -44,8 +48,8 @@ def _attempts(builder: Any, batch: int) -> Iterator[Callable[[], Example]]:
         yield partial(_build, builder, none, _pair, batch, 128)
         return
     for size in _SIZES:
-        # Vision transformers have to be told; most others refuse the word.
-        for told in ({"image_size": size}, {}) if kind == "vision_transformer" else ({},):
+        # Vision transformers and detectors, which would enlarge images, have to be told; most refuse the word.
+        for told in (_TOLD[kind](size), {}) if kind in _TOLD else ({},):
             yield partial(_build, builder, none | {"num_classes": _CLASSES} | told, inputs, batch, size)
     yield partial(_build, builder, none | {"input_size": (224, 224)}, inputs, batch, 224)
 

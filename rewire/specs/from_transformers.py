@@ -11,7 +11,7 @@ from torch import nn
 
 from rewire.errors import InputError, nearest
 from rewire.specs.attempts import first_that_works, try_out
-from rewire.specs.libraries import library
+from rewire.specs.libraries import imports, library
 from rewire.specs.losses import default_loss
 from rewire.specs.shrink import Sizes, tiny
 from rewire.specs.spec import Example
@@ -91,7 +91,8 @@ def _raising(error: Exception) -> Callable[[], Example]:
 
 
 def _tried(transformers: Any, config: Any, batch: int) -> Iterator[Callable[[], Example]]:
-    cls = _model_class(transformers, config)
+    with imports("transformers"):
+        cls = _model_class(transformers, config)
     create = cache(lambda: cls(config))
     for inputs in candidates(cls, config, batch):
 
@@ -109,6 +110,9 @@ def _model_class(transformers: Any, config: Any) -> Any:
             return getattr(transformers, name)
     auto = transformers.models.auto.modeling_auto
     mappings = [getattr(auto, f"MODEL_FOR_{task}_MAPPING", {}) for task in _TASKS]
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        # Two towers: a classifier would be one of them.
+        mappings = [auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
     for mapping in (*mappings, auto.MODEL_MAPPING):
         if type(config) in mapping:
             found = mapping[type(config)]

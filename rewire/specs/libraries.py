@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rewire.errors import InputError
@@ -14,15 +16,27 @@ def library(name: str) -> Any:
     Raises:
         InputError: if it is missing, or made for another build of torch.
     """
-    try:
+    with imports(name):
         return importlib.import_module(name)
-    except ImportError as error:
-        missing = error.name or name
-        raise InputError(f"this needs {missing}, which cannot be imported ({error}): pip install {missing}") from error
-    except RuntimeError as error:
-        if "operator" not in str(error):
+
+
+@contextmanager
+def imports(name: str) -> Iterator[None]:
+    """Failing imports inside become an :class:`InputError` (libraries import parts of themselves when used)."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        built = next((c for c in causes if isinstance(c, RuntimeError) and "operator torchvision::" in str(c)), None)
+        if built is not None:
+            raise InputError(
+                f"{name} cannot be used: {built}. The installed torchvision was made for another build of torch; "
+                "install the two from the same index"
+            ) from error
+        missing = next((c for c in reversed(causes) if isinstance(c, ImportError)), None)
+        if missing is None:
             raise
-        raise InputError(
-            f"{name} cannot be imported: {error}. The installed torchvision was made for another build of torch; "
-            "install the two from the same index"
-        ) from error
+        wanted = missing.name or name
+        raise InputError(f"{name} cannot be imported ({missing}): pip install {wanted}") from error

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from rewire.errors import InputError
 
 # What transformers models return beside their predictions.
-_INTERNAL = ("hidden_state", "attentions", "past_key_values")
+_INTERNAL = ("hidden_state", "attentions", "past_key_values", "model_output")
 
 
 def default_loss(outputs: Any, seed: int = 0) -> Tensor:
@@ -34,7 +34,9 @@ def default_loss(outputs: Any, seed: int = 0) -> Tensor:
         predictions = {k: v for k, v in outputs.items() if not any(word in str(k) for word in _INTERNAL)}
         found = _floating(predictions) or found
     if not found:
-        raise InputError(f"the model returned {type(outputs).__name__} without a floating tensor that requires a gradient")
+        raise InputError(
+            f"the model returned {type(outputs).__name__} without a floating tensor that requires a gradient"
+        )
     if all(y.dim() == 0 for y in found):
         return torch.stack(found).sum()
     random = torch.Generator().manual_seed(seed)
@@ -44,5 +46,7 @@ def default_loss(outputs: Any, seed: int = 0) -> Tensor:
 
 def _floating(outputs: Any) -> list[Tensor]:
     return [
-        y for y in tree_leaves(outputs) if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad and y.numel()
+        y
+        for y in tree_leaves(outputs)
+        if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad and y.numel()
     ]

@@ -61,11 +61,21 @@ _TABLE: tuple[tuple[str, Shrink], ...] = (
     (r".*(layer_period|layer_freq|layer_interval|layer_pattern|every_n.*|_period)", _LESS[2]),
     (r".*_offset", _LESS[1]),
     (r".*moe_.*(intermediate|ffn).*|.*expert.*(size|dim)", _LESS[32]),
-    (r".*(intermediate|inner|ffn|ff|feedforward|feed_forward|mlp|fc)_?(hidden_)?(size|dim|embed_dim)?", lambda v, s: 2 * s.hidden),
-    (r"d_ff|ffn_dim|.*dim_feedforward|d_inner|n_inner|.*ffn_hidden_size|.*intermediate.*size", lambda v, s: 2 * s.hidden),
+    (
+        r".*(intermediate|inner|ffn|ff|feedforward|feed_forward|mlp|fc)_?(hidden_)?(size|dim|embed_dim)?",
+        lambda v, s: 2 * s.hidden,
+    ),
+    (
+        r"d_ff|ffn_dim|.*dim_feedforward|d_inner|n_inner|.*ffn_hidden_size|.*intermediate.*size",
+        lambda v, s: 2 * s.hidden,
+    ),
     (r".*state_size|.*d_state|ssm_state.*|mamba_n_groups|n_groups|.*num_groups", _LESS[8]),
+    (r"window_sizes?", _LESS[2]),  # of Swin and its kin: divides every stage
     (r".*chunk_size|.*chunk_len(gth)?|.*window(_size)?|.*block_size|.*span", _LESS[8]),
-    (r"max_source_positions|max_target_positions|.*max_pos.*|n_positions|n_ctx|.*max_seq.*|.*max_length|.*max_len|max_2d.*|.*rel_pos.*|.*pos_bins", _LESS[_POSITIONS]),
+    (
+        r"max_source_positions|max_target_positions|.*max_pos.*|n_positions|n_ctx|.*max_seq.*|.*max_length|.*max_len|max_2d.*|.*rel_pos.*|.*pos_bins",
+        _LESS[_POSITIONS],
+    ),
     (r".*(image|img|input)_(size|resolution)|.*(image|img)_size", lambda v, s: min(v, s.image)),
     (r".*patch(_size)?", lambda v, s: 16 if v >= 12 else v),
     (r"depths?|.*_depths|.*layers_per_(stage|block)|num_blocks|.*stage_repeats", _LESS[2]),
@@ -86,7 +96,6 @@ _FIXED: dict[str, Any] = {
     "mask_time_prob": 0.0,  # masks longer than a tiny input
     "mask_feature_prob": 0.0,
     "use_pretrained_backbone": False,
-    "use_timm_backbone": False,
     "output_attentions": False,
 }
 
@@ -103,7 +112,7 @@ def tiny(config: Any, sizes: Sizes) -> dict[str, Any]:
     for name, default in defaults.items():
         value = getattr(config, name, default)
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            changed[name] = {"model_type": value.model_type, **tiny(value, sizes)}
+            changed[name] = {"model_type": value.model_type, **_on_purpose(value), **tiny(value, sizes)}
         elif name in _FIXED:
             changed[name] = _FIXED[name]
         elif name in _FLOATS:
@@ -123,14 +132,22 @@ def tiny(config: Any, sizes: Sizes) -> dict[str, Any]:
     return changed
 
 
+def _on_purpose(config: Any) -> dict[str, Any]:
+    """What a part of a configuration has unlike its own default: it was set for this architecture."""
+    fresh = type(config)()
+    names = [field.name for field in dataclasses.fields(config)]
+    values = {name: getattr(config, name, None) for name in names}
+    return {n: v for n, v in values.items() if not hasattr(v, "model_type") and v != getattr(fresh, n, None)}
+
+
 def _defaults(config: Any) -> dict[str, Any]:
-    """Fields and their defaults before anything was derived; a derived one (None) stays None."""
+    """Fields and their values before anything was derived; a derived one (default None) stays None."""
+    purpose = _on_purpose(config)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, None)
-        if field.default is not dataclasses.MISSING and not hasattr(value, "model_type"):
-            value = field.default
-        found[field.name] = value
+        as_is = field.default is dataclasses.MISSING or field.name in purpose or hasattr(value, "model_type")
+        found[field.name] = value if as_is else field.default
     return found
 
 

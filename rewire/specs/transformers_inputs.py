@@ -37,6 +37,8 @@ def candidates(cls: Any, config: Any, batch: int) -> Iterator[dict[str, Any]]:
             if "labels" in parameters:
                 for labels in _labels(cls, config, batch, inputs, length):
                     yield inputs | {"labels": labels}
+                    if decodes:
+                        yield inputs | {"labels": labels, "decoder_input_ids": labels}
             if decodes:
                 yield inputs | {"decoder_input_ids": _ids(config, batch, length)}
             yield inputs
@@ -80,7 +82,11 @@ def _sound(config: Any, batch: int) -> list[Tensor]:
     """Spectrograms, time first or last, and raw samples."""
     mel = _find(config, "num_mel_bins", "input_feat_per_channel", "feature_size", default=16)
     frames = _find(config, "max_length", "max_source_positions", default=64)
-    spectra = [torch.randn(batch, mel, 2 * frames), torch.randn(batch, frames, mel), torch.randn(batch, 2 * frames, mel)]
+    spectra = [
+        torch.randn(batch, mel, 2 * frames),
+        torch.randn(batch, frames, mel),
+        torch.randn(batch, 2 * frames, mel),
+    ]
     return spectra
 
 
