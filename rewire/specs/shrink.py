@@ -49,13 +49,13 @@ _LESS: dict[int, Shrink] = {n: (lambda v, s, n=n: min(v, n)) for n in (1, 2, 4, 
 _TABLE: tuple[tuple[str, Shrink], ...] = (
     (r".*vocab(ulary)?_size|.*num_embeddings", lambda v, s: min(v, _VOCAB)),
     (r"type_vocab_size|.*token_type.*", lambda v, s: v),
-    (r"num_channels|in_channels|in_chans|num_labels", lambda v, s: v),
-    (r".*head_dim|.*head_dims?|d_kv|kv_channels|.*head_size|key_dim", lambda v, s: min(v, s.head)),
+    (r"num_channels|in_channels|out_channels|in_chans|num_labels", lambda v, s: v),
+    (r"n_group|topk_group|num_expert_group.*", _LESS[1]),
+    (r".*head_dim|.*head_dims?|d_kv|kv_channels|.*head_size|key_dim|rotary_dim", lambda v, s: min(v, s.head)),
     (r".*(lora|low)_rank.*|.*_rank", _LESS[8]),
     (r".*(key_value|kv)_heads", lambda v, s: _power(v, s.heads // 2) if v > 1 else v),
     (r".*heads?|.*attention_heads|n_head|n_heads", lambda v, s: _power(v, s.heads)),
     (r".*(experts?_per_tok(en)?|top_?k|topk.*|.*_topk|num_selected.*)", _LESS[2]),
-    (r"n_group|topk_group|num_expert_group.*", _LESS[1]),
     (r".*shared_experts?", _LESS[1]),
     (r".*(num|n)_.*experts?|.*experts", _LESS[4]),
     (r".*(layer_period|layer_freq|layer_interval|layer_pattern|every_n.*|_period)", _LESS[2]),
@@ -69,7 +69,8 @@ _TABLE: tuple[tuple[str, Shrink], ...] = (
         r"d_ff|ffn_dim|.*dim_feedforward|d_inner|n_inner|.*ffn_hidden_size|.*intermediate.*size",
         lambda v, s: 2 * s.hidden,
     ),
-    (r".*state_size|.*d_state|ssm_state.*|mamba_n_groups|n_groups|.*num_groups", _LESS[8]),
+    (r".*n_groups", _LESS[2]),
+    (r".*state_size|.*d_state|ssm_state.*|.*num_groups", _LESS[8]),
     (r"window_sizes?", _LESS[2]),  # of Swin and its kin: divides every stage
     (r".*chunk_size|.*chunk_len(gth)?|.*window(_size)?|.*block_size|.*span", _LESS[8]),
     (
@@ -117,6 +118,8 @@ def tiny(config: Any, sizes: Sizes) -> dict[str, Any]:
             changed[name] = _FIXED[name]
         elif name in _FLOATS:
             changed[name] = min(_FLOATS[name], default)
+        elif name == "vocab_size" and default is None:
+            changed[name] = _VOCAB
         elif default is not None and not name.endswith(("_token_id", "_token_index", "_ids", "_id")):
             new = _shrunk(name, default, sizes)
             if new != default:
@@ -126,6 +129,8 @@ def tiny(config: Any, sizes: Sizes) -> dict[str, Any]:
     for name, default in defaults.items():  # one entry a layer
         if isinstance(default, (list, tuple)) and name not in changed and before and len(default) == before:
             changed[name] = list(default)[:after]
+    if defaults.get("num_key_value_heads") == defaults.get("num_attention_heads") and "num_attention_heads" in changed:
+        changed["num_key_value_heads"] = changed["num_attention_heads"]
     vocabulary = changed.get("vocab_size", defaults.get("vocab_size"))
     if isinstance(vocabulary, int):
         changed.update(_tokens(config, defaults, vocabulary))
