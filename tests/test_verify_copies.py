@@ -145,3 +145,23 @@ def test_a_wrong_gradient_is_still_wrong() -> None:
     proof = rewire.verify(model, x, loss)
 
     assert [layer.name for layer in proof.layers if layer.status == "wrong"] == ["value"]
+
+
+@pytest.mark.filterwarnings("ignore::rewire.RewireWarning")
+def test_below_a_head_of_zeros_layers_are_still_measuring_and_that_is_said() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(5, 4)
+    nn.init.zeros_(model[4].weight)
+    rewire.convert(model, "dfa")
+
+    proof = rewire.verify(model, x, loss)
+    assert proof.ok, str(proof)
+    assert {layer.name: layer.status for layer in proof.layers}["2"] == "on backprop"
+    assert "still measuring" in proof.layers[1].note
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss(model(x)).backward()
+        optimizer.step()
+    proof = rewire.verify(model, x, loss)
+    assert [layer.status for layer in proof.layers] == ["first layer", "live", "live"], str(proof)
