@@ -233,7 +233,8 @@ def test_a_library_that_cannot_be_imported_gets_one_line(
 
 def test_a_model_that_refuses_all_inputs_is_an_input_error_that_says_why(here: Path) -> None:
     (here / "given_models.py").write_text(
-        "from torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n        raise IndexError('only mine')\n"
+        "from torch import nn\n\nclass Net(nn.Linear):\n    def forward(self, x):\n"
+        "        raise IndexError('only mine')\n"
         "\ndef make():\n    return Net(2, 2)\n"
     )
     with pytest.raises(InputError, match="IndexError: only mine"):

@@ -49,7 +49,9 @@ def test_a_layer_that_runs_for_the_first_time_while_watched_is_not_called_wrong(
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
 def test_verify_leaves_parametrized_layers_of_the_model_alone(rule: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2)
+    )
     rewire.convert(model, rule)
     x = torch.randn(5, 4)
     before = model(x).detach()

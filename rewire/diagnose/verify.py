@@ -429,7 +429,7 @@ def _own_gradients(model: nn.Module, seen: dict[str, list[_Seen]]) -> dict[str, 
             continue
         plain = _original(module)
         theirs = dict(plain.named_parameters())
-        wanted = [theirs[name] for name, _ in mine]
+        wanted: list[Tensor] = [theirs[name] for name, _ in mine]
         totals = _total(plain, calls, wanted)
         got = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in mine]
         # Sums that cancel (a key's bias, which softmax does not feel) are as exact as their terms are large.

@@ -22,7 +22,7 @@ from rewire.specs.losses import default_loss
 
 
 def check(spec: str, rule: str, feedback: str = "channel") -> dict[str, Any]:
-    """Convert, train two passes, verify, step, restore. Returns a row of results; ``problems`` is empty if all is well."""
+    """Convert, train two passes, verify, step, restore. A row of results; ``problems`` is empty if all is well."""
     start = time.perf_counter()
     return check_example(resolve(spec).build(), rule, feedback) | {"seconds": round(time.perf_counter() - start, 1)}
 
@@ -67,7 +67,9 @@ def check_example(example: Example, rule: str, feedback: str = "channel") -> dic
     row["layers"] = dict(Counter(layer.status for layer in proof.layers))
     if not proof.ok:
         wrong = [layer for layer in proof.layers if layer.status in ("dead", "unrouted", "wrong")]
-        problems.append(f"verify: {len(wrong)} not ok: " + "; ".join(f"{w.name} {w.status} ({w.note})" for w in wrong[:3]))
+        problems.append(
+            f"verify: {len(wrong)} not ok: " + "; ".join(f"{w.name} {w.status} ({w.note})" for w in wrong[:3])
+        )
     kept: Counter[str] = Counter()
     for entry in rewire.summary(model).rows:
         if not entry.converted and "elementwise" not in entry.note:
@@ -133,7 +135,9 @@ def _forward(model: nn.Module, inputs: Any) -> list[Tensor] | None:
 def _equal(a: list[Tensor] | None, b: list[Tensor] | None) -> bool:
     if a is None or b is None:
         return a is b
-    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(_bits(x), _bits(y)) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(_bits(x), _bits(y)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _bits(x: Tensor) -> Tensor:

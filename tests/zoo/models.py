@@ -11,21 +11,8 @@ import tests.torchvision_stub  # noqa: F401
 
 LARGEST = 100_000_000
 
-# One tiny model of each; every kind of architecture the library has.
-TRANSFORMERS = """
-albert audio-spectrogram-transformer bamba bart beit bert big_bird bigbird_pegasus biogpt bit blenderbot blip bloom
-bridgetower camembert canine clip clipseg cohere conditional_detr convbert convnext convnextv2 ctrl data2vec-audio
-data2vec-vision deberta deberta-v2 deepseek_v3 deformable_detr deit detr dinov2 distilbert electra encodec ernie
-falcon falcon_mamba flaubert flava fnet focalnet fsmt funnel gemma gemma2 git glpn gpt2 gpt_bigcode gpt_neox gpt_oss
-gptj granite granitemoe groupvit hiera hubert ibert imagegpt jamba jetmoe layoutlm led levit lfm2 llama longformer
-longt5 luke m2m_100 mamba mamba2 marian maskformer mbart megatron-bert minimax mistral mixtral mobilebert mobilenet_v1
-mobilenet_v2 mobilevit mobilevitv2 modernbert moonshine mpnet mpt mt5 nllb-moe nystromformer olmo olmoe opt patchtsmixer
-patchtst pegasus phi phi3 phimoe plbart poolformer prophetnet pvt pvt_v2 qwen2 qwen2_moe qwen3 qwen3_moe
-recurrent_gemma regnet rembert resnet roberta roformer rwkv segformer sew sew-d siglip speech_to_text speecht5
-squeezebert stablelm starcoder2 swiftformer swin swin2sr swinv2 switch_transformers t5 table-transformer timesformer
-umt5 unispeech unispeech-sat videomae visual_bert vit vit_mae vit_msn vivit wav2vec2 wav2vec2-conformer wavlm whisper
-xclip xglm xlm xlm-roberta xlnet yolos yoso
-""".split()
+# One tiny model of each: every kind of architecture the library has.
+TRANSFORMERS = Path(__file__).with_name("transformers.txt").read_text().split()
 
 
 def every(cache: Path) -> list[str]:

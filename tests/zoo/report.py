@@ -8,8 +8,13 @@ from typing import Any
 NAMES = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The page: counts per library and rule, exceptions with their reason, what stays on backprop."""
+def markdown(rows: list[dict[str, Any]], known: list[str]) -> str:
+    """The page: counts per library and rule, exceptions with their reason, what stays on backprop.
+
+    Args:
+        rows: results.
+        known: every model in the list; those without a result are counted.
+    """
     rules = sorted({row["rule"] for row in rows}, key=lambda rule: (rule != "fa", rule))
     tried = [row for row in rows if not missing(row)]
     lines = [
@@ -17,16 +22,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         "Written by `make zoo` from [its results](../benchmarks/results/zoo/results.jsonl); not by hand.",
         "",
-        "Each model has random weights and is converted with `feedback=\"channel\"`. It passes if",
+        'Each model has random weights and is converted with `feedback="channel"`. It passes if',
         "",
         "- `convert` leaves the state dict and the forward in eval mode bit for bit as they were,",
-        "- after two training passes every parameter that backprop reaches in an unconverted copy has a finite gradient,",
+        "- after two training passes every parameter that backprop reaches in an unconverted copy has a finite",
+        "  gradient,",
         "- `rewire.verify` finds no layer dead, unrouted or wrong,",
-        "- an optimizer step changes it, and `restore` gives back every class, leaves no attribute or hook, and forward and",
-        "  state dict are bit for bit those of an unconverted copy with the same weights.",
+        "- an optimizer step changes it, and `restore` gives back every class, leaves no attribute or hook, and",
+        "  forward and state dict are bit for bit those of an unconverted copy with the same weights.",
         "",
-        "torchvision: everything below 100 million parameters that can be trained. timm: the smallest model of each of its",
-        "files. transformers: tiny configurations.",
+        "torchvision: everything below 100 million parameters that can be trained. timm: the smallest model of each",
+        "of its files. transformers: tiny configurations.",
         "",
         "| | " + " | ".join(rules) + " |",
         "|---|" + "---|" * len(rules),
@@ -37,9 +43,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             mine = [row for row in tried if row["rule"] == rule and row["spec"].startswith(f"{source}:")]
             cells.append(f"{sum(row['ok'] for row in mine)} of {len(mine)}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if waiting := len(set(known) - {row["spec"] for row in rows}):
+        lines += ["", f"{waiting} of {len(known)} models have not been run yet."]
     lines += ["", "## Exceptions", ""]
     failed = [row for row in tried if not row["ok"]]
-    lines += [f"- `{row['spec']}` under `{row['rule']}`: {'; '.join(short(p) for p in row['problems'])}" for row in failed]
+    lines += [
+        f"- `{row['spec']}` under `{row['rule']}`: {'; '.join(short(p) for p in row['problems'])}" for row in failed
+    ]
     lines += ["None."] if not failed else []
     skipped = {row["spec"]: row for row in rows if missing(row)}
     if skipped:
@@ -50,7 +60,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             + ".",
         ]
     lines += ["", "## What stays on backprop", ""]
-    lines += ["Modules with weights that no rule was applied to, by kind; elementwise ones (norms, scales) are left out."]
+    lines += [
+        "Modules with weights that no rule was applied to, by kind; elementwise ones (norms, scales) are left out."
+    ]
     kept: Counter[str] = Counter()
     places: dict[str, set[str]] = {}
     for row in tried:
@@ -70,10 +82,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             "",
             "## Gradients of exactly zero",
             "",
-            "Parameters whose gradient is zero under the rule but not under backprop; such a model passes, and is listed.",
+            "Parameters whose gradient is zero under the rule but not under backprop. Such a model passes.",
             "",
         ]
-        lines += [f"- `{row['spec']}` under `{row['rule']}`: {len(row['zero'])}, such as `{row['zero'][0]}`" for row in zero]
+        lines += [
+            f"- `{row['spec']}` under `{row['rule']}`: {len(row['zero'])}, such as `{row['zero'][0]}`" for row in zero
+        ]
     return "\n".join(lines) + "\n"
 
 

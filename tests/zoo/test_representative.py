@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,15 +86,7 @@ TINY: dict[str, Callable[[], Example]] = {
     "torchvision convnext": convnext,
     "torchvision densenet": densenet,
 }
-SPECS = """
-torchvision:googlenet torchvision:lraspp_mobilenet_v3_large torchvision:mobilenet_v3_small torchvision:shufflenet_v2_x0_5
-torchvision:squeezenet1_1
-timm:test_byobnet timm:test_coatnet timm:test_convnext timm:test_efficientnet timm:test_nfnet timm:test_resnet
-timm:test_vit timm:test_vit_relpos timm:gmlp_ti16_224 timm:xcit_nano_12_p8_224 timm:vit_tiny_patch16_dinov3_qkvb
-timm:edgenext_xx_small
-hf:albert hf:bart hf:bert hf:clip hf:deberta-v2 hf:funnel hf:gpt2 hf:hubert hf:mamba hf:mixtral hf:qwen3 hf:swin hf:t5
-hf:vit hf:wav2vec2 hf:whisper hf:xlm-roberta hf:switch_transformers
-""".split()
+SPECS = Path(__file__).with_name("representative.txt").read_text().split()
 # What is known to fail, and why; docs/coverage.md has the whole list.
 KNOWN = {
     ("hf:mamba", "fa"): "weights used as views and in bare products",

@@ -33,7 +33,7 @@ def run(spec: str, rules: list[str], seconds: float, gigabytes: float) -> list[d
     send.close()
     rows: list[dict[str, Any]] = []
     why = ""
-    for rule in rules:
+    for _ in rules:
         try:
             if not receive.poll(seconds):
                 why = f"not done after {seconds:g} s"
