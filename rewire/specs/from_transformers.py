@@ -110,7 +110,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
             return getattr(transformers, name)
     auto = transformers.models.auto.modeling_auto
     mappings = [getattr(auto, f"MODEL_FOR_{task}_MAPPING", {}) for task in _TASKS]
-    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+    if hasattr(config, "text_config") and (hasattr(config, "vision_config") or hasattr(config, "image_config")):
         # Two towers: a classifier would be one of them.
         mappings = [auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
     for mapping in (*mappings, auto.MODEL_MAPPING):

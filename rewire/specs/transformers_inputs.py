@@ -26,8 +26,9 @@ def candidates(cls: Any, config: Any, batch: int) -> Iterator[dict[str, Any]]:
     wanted = list(dict.fromkeys([*needed, *([main] if main in parameters else [])]))
     if not any(name in _MAIN for name in wanted):
         wanted += [name for name in _MAIN if name in parameters][:1]
-    if _sub(config, "text_config") is not None and _sub(config, "vision_config") is not None:
-        wanted += [name for name in ("input_ids", "pixel_values") if name in parameters and name not in wanted]
+    towers = {"text_config": "input_ids", "vision_config": "pixel_values", "image_config": "pixel_values"}
+    given = [name for part, name in towers.items() if hasattr(config, part)]
+    wanted += [name for name in dict.fromkeys(given) if name in parameters and name not in wanted]
     wanted += [name for name in ("bbox",) if name in parameters and name not in wanted]
     decodes = "decoder_input_ids" in parameters and "decoder_input_ids" not in wanted
     for length in _LENGTHS:
@@ -42,10 +43,6 @@ def candidates(cls: Any, config: Any, batch: int) -> Iterator[dict[str, Any]]:
             if decodes:
                 yield inputs | {"decoder_input_ids": _ids(config, batch, length)}
             yield inputs
-
-
-def _sub(config: Any, name: str) -> Any:
-    return getattr(config, name, None)
 
 
 def _find(config: Any, *names: str, default: Any) -> Any:
