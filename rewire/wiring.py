@@ -647,7 +647,7 @@ def weight_scale(weight: Tensor) -> tuple[float, str]:
         std = float(weight.detach().double().std())
         if math.isfinite(std) and std > 0:
             return std, ""
-    fan_in = max(weight[0].numel(), 1) if weight.dim() > 1 else 1
+    fan_in = max(math.prod(weight.shape[1:]), 1)
     return 1 / math.sqrt(3 * fan_in), "the weight is constant; 1/sqrt(3 fan_in) instead"
 
 
