@@ -266,6 +266,7 @@ class LayerState:
         self.written = ""
         self.joins_traced = False
         self.traceable = False
+        self.in_graph = False
         self.fixed: tuple[Tensor, ...] = ()
         self.fixed_outputs: tuple[str, ...] = ()
         self._random: dict[tuple[Any, ...], Tensor] = {}
@@ -277,6 +278,7 @@ class LayerState:
         self.layout: str | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.structures: dict[tuple[str, int], Structure] = {}
+        self.kept_as: dict[tuple[str, int], tuple[torch.dtype, torch.device]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
@@ -343,26 +345,40 @@ class LayerState:
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
         if isinstance(rule, DirectRule):
-            plain = all(isinstance(B, Tensor) for B in self._made.values())
-            known = self.settled or (self.role is not Role.UNKNOWN and not self._made)  # nothing to hand back to
-            return known and self.wiring.skip == "keep" and not rule.needs_targets and plain
+            known = self.settled or (self.role is not Role.UNKNOWN and not self.shapes)  # nothing to hand back to
+            return known and self.wiring.skip == "keep" and not rule.needs_targets
         return True
 
     def prepare(self) -> None:
         """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
         self.refresh()
+        others = [state for state in self.wiring.layers.values() if state.ran and isinstance(state.rule, DirectRule)]
+        # The layers of a pass find each other on one graph: all of them are part of it, or none.
+        self.in_graph = self.traceable and all(state.traceable and state._plain() for state in others)
         self.joins_traced = self.role is Role.OUTPUT and any(
             isinstance(state.rule, DirectRule) for state in self.wiring.layers.values()
         )
         self.fixed = ()
         rule = self.rule
         if isinstance(rule, DirectRule) and not rule.silent:
-            made = {(output, index): B for (_, output, index, *_), B in self._made.items() if isinstance(B, Tensor)}
+            made = {place: self._made_for(*place, shape) for place, shape in self.shapes.items()}
             self.fixed_outputs = tuple(dict.fromkeys(output for output, _ in made))
-            indices = sorted({index for _, index in made})
-            self.fixed = tuple(made[output, index] for index in indices for output in self.fixed_outputs)
+            places = [(output, index) for index in sorted({i for _, i in made}) for output in self.fixed_outputs]
+            self.fixed = tuple(B for place in places if isinstance(B := made.get(place), Tensor))
+            self.in_graph = self.in_graph and len(self.fixed) == len(places)
         elif isinstance(rule, LocalRule) and rule.random and self._random:
             self.fixed = (next(iter(self._random.values())),)
+
+    def _plain(self) -> bool:
+        """Whether all its direct feedback is plain tensors."""
+        return all(isinstance(self._made_for(*place, shape), Tensor) for place, shape in self.shapes.items())
+
+    def _made_for(self, output: str, index: int, shape: tuple[int, ...]) -> Tensor | Feedback:
+        """B for one input and output layer, as the last pass needed it."""
+        key = (self.structures[output, index], output, index, shape, *self.kept_as[output, index])
+        if key not in self._made:
+            self._made[key] = self.direct_feedback(*key)
+        return self._made[key]
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
@@ -492,6 +508,7 @@ class LayerState:
         route, feedback, needed = found
         self.shapes[error.state.name, index] = needed
         self.structures[error.state.name, index] = structure
+        self.kept_as[error.state.name, index] = dtype, device
         return route, feedback
 
     def forget_routes(self) -> None:

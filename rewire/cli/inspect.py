@@ -14,11 +14,11 @@ from torch import nn
 import rewire
 from rewire.ablation.inputs import positive
 from rewire.cli.words import words
-from rewire.convert import STRUCTURES
 from rewire.diagnose.arithmetic import Arithmetic, arithmetic
 from rewire.errors import ConversionError, InputError
 from rewire.preview import call
 from rewire.specs import Example, resolve
+from rewire.structures import NAMES
 from rewire.summary import Summary, summary
 
 
@@ -29,7 +29,7 @@ from rewire.summary import Summary, summary
     "--layers", multiple=True, metavar="PATTERN=RULE", help="Rules by layer name; may be repeated, later wins."
 )
 @click.option("--output", multiple=True, metavar="NAME", help="The output layer (or layers).  [default: found]")
-@click.option("--feedback", default="dense", show_default=True, help=f"Of direct rules: {' or '.join(STRUCTURES)}.")
+@click.option("--feedback", default="dense", show_default=True, help=f"Of direct rules: {' or '.join(NAMES)}.")
 @click.option("--batch", type=int, default=2, show_default=True, help="Samples in the random batch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, inputs and feedback.")
 @click.option("--verify", "check", is_flag=True, help="Prove on the batch that each layer's rule is live.")
