@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 from rewire.errors import PassError
 from rewire.passes import Call, OutputError, metadata
+from rewire.picks import Pick
 from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
@@ -76,15 +77,19 @@ _tickets: dict[torch.device, Tensor] = {}
 
 
 # Where one input's feedback comes from, as its port or probe needs it in the backward: the layer, its rule when
-# the forward ran, the errors that output layers downstream have added, which of the layer's inputs this is, and
-# the wall there, if any. A tuple, because one is made in every call.
-Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None]
+# the forward ran, the errors that output layers downstream have added, which of the layer's inputs this is, the wall
+# there, if any, and how its rows were picked from the batch, if they were. A tuple, because one is made in every call.
+Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None, Pick | None]
 
 
 def _feed(feed: Feed, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """The feedback of all errors that arrived in this backward pass."""
-    state, rule, errors, index, wall = feed
-    fed = state.hand_back(rule, errors, index, shape, dtype, device)
+    state, rule, errors, index, wall, pick = feed
+    if pick is None:
+        fed = state.hand_back(rule, errors, index, shape, dtype, device)
+    else:
+        fed = state.hand_back(rule, errors, index, pick.whole(shape), dtype, device)
+        fed = None if fed is None else pick(fed)
     if wall is not None and fed is not None:
         wall.add(fed)
     return fed
@@ -105,8 +110,8 @@ class Port(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        state, rule, errors, index, wall = ctx.feed
-        if wall is not None:
+        state, rule, errors, index, wall, pick = ctx.feed
+        if wall is not None or pick is not None:
             return _feed(ctx.feed, *ctx.like), None
         return state.hand_back(rule, errors, index, *ctx.like), None
 
@@ -127,11 +132,11 @@ class Probe(Function):
 
     @staticmethod
     def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None]:
-        state, rule, errors, index, _ = ctx.feed
+        state, rule, errors, index, _, pick = ctx.feed
         if not state.needs_scale(rule):
             return _feed(ctx.feed, *ctx.like), None
         if exact is not None:
-            state.measure(rule, errors, index, exact)
+            state.measure(rule, errors, index, exact, pick)
         return exact, None
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewire.picks import Pick
 from rewire.rules.base import DirectRule
 from rewire.structures.base import Cache
 
@@ -40,6 +41,7 @@ class OutputError:
         shared: what structures of feedback make of e once per pass, for all layers.
         above: errors further downstream. If a gradient came from one of them, this layer was not where the
             loss looked, and e here counts for nobody: neither then nor in later backwards of the pass.
+        pick: how the rows of the output layer's input, and so of e, were picked from the batch, if they were.
         ports: how many inputs of upstream calls will ask for e.
         voted: this pass counted towards the layer being an output layer.
     """
@@ -53,6 +55,7 @@ class OutputError:
         "above",
         "axis",
         "error",
+        "pick",
         "ports",
         "shared",
         "state",
@@ -66,6 +69,7 @@ class OutputError:
         self.targets = targets
         self.above: list[OutputError] = []
         self.error: Tensor | None = None
+        self.pick: Pick | None = None
         self.ports = 0
         self.voted = False
         self._seen = -2  # the newest backward pass in which any gradient came by here
@@ -101,7 +105,8 @@ class OutputError:
         """What ``rule`` makes of e, computed once per pass for all layers."""
         assert self.error is not None
         if rule not in self._signals:
-            self._signals[rule] = rule.signal(self.error, self.targets, self.axis)
+            signal = rule.signal(self.error, self.targets, self.axis)
+            self._signals[rule] = signal if self.pick is None else self.pick.put(signal)
         return self._signals[rule]
 
     def let_go(self) -> None:
@@ -128,12 +133,25 @@ class Call:
         errors: shared with the ports; every output layer downstream adds its e.
         own: errors at its own outputs, if it is (or may be) an output layer.
         feeders: for a layer with errors of its own: all calls upstream of it, so that no walk is done twice.
+        pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
         mirrored: (x, rule), if the ticket is x Bᵀ.
     """
 
-    __slots__ = ("errors", "feeders", "index", "inputs", "mirrored", "own", "ports", "sources", "state", "tickets")
+    __slots__ = (
+        "errors",
+        "feeders",
+        "index",
+        "inputs",
+        "mirrored",
+        "own",
+        "pick",
+        "ports",
+        "sources",
+        "state",
+        "tickets",
+    )
 
     def __init__(
         self,
@@ -150,6 +168,7 @@ class Call:
         self.errors = errors
         self.own: list[OutputError] = []
         self.feeders: list[Call] = []
+        self.pick: Pick | None = None
         self.inputs: list[Tensor] = []
         self.index = 0
         self.mirrored: tuple[Tensor, DirectRule] | None = None
@@ -169,6 +188,17 @@ def leave(node: Node, call: Call) -> None:
 def call_at(y: Tensor) -> Call | None:
     """The call whose output ``y`` is."""
     return None if y.grad_fn is None else metadata(y.grad_fn).get(CALL)
+
+
+def call_sources(node: Node) -> Iterable[Node] | None:
+    """Where a look at what lies between calls ends: at calls, each of which looks further itself."""
+    return () if CALL in metadata(node) else None
+
+
+def picked(node: Node) -> Pick | None:
+    """How the rows of the call whose output ``node`` is were picked; KeyError if it is no call's."""
+    call: Call = metadata(node)[CALL]
+    return call.pick
 
 
 def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from rewire.bypass import direct_uses
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
 from rewire.errors import PassError
 from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, leave, upstream
+from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, picked, upstream
+from rewire.picks import Pick, Unclear, pick_of
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role, Wiring
@@ -111,11 +113,14 @@ def _run(
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
+    if state.role is Role.UNKNOWN:
+        state.wiring.note_weight(state, module)
     rule = state.rule
     if isinstance(rule, DirectRule):
         if _transforming():
             return _transformed(state, rule, module, forward, args, kwargs, index)
         if state.wiring.skip == "cut" and (stream := _stream(state)) is not None:
+            _refuse_picks(state)
             return stream.direct(state, rule, module, forward, args, kwargs, index)
         return _direct(state, rule, module, forward, args, kwargs, index)
     if isinstance(rule, LocalRule):
@@ -126,7 +131,9 @@ def _run(
         return output
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
-    return finish(state, output, _sources(args, kwargs), [], [], 0)
+    x = args[0] if args else None
+    pick = _pick(state, x) if (state.picks or state.role is Role.UNKNOWN) and isinstance(x, Tensor) else None
+    return finish(state, output, _sources(args, kwargs), [], [], 0, pick)
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
@@ -146,7 +153,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         call = Call(state, [] if node is None else [node], [ticket], errors)
         call.mirrored = (x, state.rule)  # type: ignore[assignment]
     else:
-        ticket = port(x, (state, state.rule, errors, 0, None))
+        ticket = port(x, (state, state.rule, errors, 0, None, None))
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     y = forward(module, x.detach())
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
@@ -238,12 +245,13 @@ def _direct(
         if not x.requires_grad:
             return finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
-        feed = (state, rule, errors, index, _wall(state, rule, x))
+        pick = _pick(state, x) if state.picks or state.role is Role.UNKNOWN else None
+        feed = (state, rule, errors, index, _wall(state, rule, x), pick)
         sources = [] if node is None else [node]
         if state.settled:
             ticket = port(x, feed)
-            return finish(state, forward(module, x.detach()), sources, [ticket], errors, 1)
-        return finish(state, forward(module, probe(x, feed)), sources, [], errors, 1)
+            return finish(state, forward(module, x.detach()), sources, [ticket], errors, 1, pick)
+        return finish(state, forward(module, probe(x, feed)), sources, [], errors, 1, pick)
 
     leaves, spec = tree_flatten((args, kwargs))
     tickets: list[Tensor] = []
@@ -253,7 +261,7 @@ def _direct(
         if isinstance(x, Tensor) and x.requires_grad:
             if x.grad_fn is not None:
                 sources.append(x.grad_fn)
-            feed = (state, rule, errors, index + ports, _wall(state, rule, x))
+            feed = (state, rule, errors, index + ports, _wall(state, rule, x), None)
             if state.settled:
                 tickets.append(port(x, feed))
                 leaves[i] = x.detach()
@@ -276,11 +284,45 @@ def finish(
     tickets: list[Tensor],
     errors: list[OutputError],
     ports: int,
+    pick: Pick | None = None,
 ) -> Any:
     """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
     call = Call(state, sources, tickets, errors, ports)
+    call.pick = pick
     joins = state.joins
     return _mark(state, call, output, joins) if isinstance(output, Tensor) else _mark_all(state, call, output, joins)
+
+
+def _pick(state: LayerState, x: Tensor) -> Pick | None:
+    """How the rows of x were picked from the batch, if they were."""
+    if _stream(state) is not None:  # whose first graph keeps no index
+        _refuse_picks(state)
+        return None
+    try:
+        pick = pick_of(x, picked)
+    except Unclear:
+        if not isinstance(state.rule, DirectRule):
+            return None
+        state.wiring.warn_once(
+            f"rows:{state.name}",
+            f"layer {state.label}: rows of its input are picked from the batch by an index that could not be followed, "
+            "so feedback may come from other samples' errors than their own. rewire.verify shows whether it does; a "
+            f"local rule, layers={{{state.name!r}: 'fa'}}, or the module around it as a block, blocks=[...], needs "
+            "no index",
+        )
+        return None
+    if pick is not None and not state.picks:
+        state.picks = True
+        state.refresh()
+    return pick
+
+
+def _refuse_picks(state: LayerState) -> None:
+    if state.picks:
+        raise PassError(
+            f"layer {state.label}: rows of its input are picked from the batch by an index, which a streamed pass does "
+            "not follow: use loss.backward()"
+        )
 
 
 def _mark_all(state: LayerState, call: Call, output: Any, joins: bool) -> Any:
@@ -317,6 +359,9 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     wiring = state.wiring
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
+    error.pick = call.pick
+    if state.role is Role.UNKNOWN:
+        wiring.bypassed.update(direct_uses(call.sources, call_sources))
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
     mirrored: list[Tensor] = []
@@ -325,11 +370,12 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
         feeder.errors.append(error)
         if feeder.mirrored is not None:
             (x, rule), ticket = feeder.mirrored, feeder.tickets[0]
-            if state.role is Role.OUTPUT and ticket.shape == y.shape and ticket.dtype is y.dtype:
+            fits = ticket.shape == y.shape and ticket.dtype is y.dtype and call.pick is None
+            if state.role is Role.OUTPUT and fits:
                 mirrored.append(ticket)
                 rules.append(rule)
             else:  # not the output the ticket was made for, or not with an error for each row of x
-                tickets.append(port(x, (feeder.state, rule, [error], 0, None)))
+                tickets.append(port(x, (feeder.state, rule, [error], 0, None, None)))
                 error.ports += 1
             continue
         tickets.extend(feeder.tickets)

@@ -278,7 +278,7 @@ class _Pieces(Stream):
                 raise PassError(f"layer {state.label} got other arguments in {_TWICE} than in the first")
             if number is None:
                 if x.requires_grad:
-                    self._backward([port(x, (state, rule, step.errors, i, None))])
+                    self._backward([port(x, (state, rule, step.errors, i, None, None))])
             else:
                 self._feed(x, number, state, rule, step.errors, i)
             leaves[place] = x.detach()
@@ -315,7 +315,7 @@ class _Pieces(Stream):
         if wall.detach and more and source is x:
             # For the layers still to come: takes x's place in the graph, and shares its memory.
             source = self._cut[number] = alias(x)
-        feed = (state, rule, errors, index, wall_at(source) if wall.open else None)
+        feed = (state, rule, errors, index, wall_at(source) if wall.open else None, None)
         self._tickets.setdefault(wall.piece, []).append(port(source, feed))
         if wall.detach:
             x.detach_()

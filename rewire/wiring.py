@@ -24,6 +24,7 @@ from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import quick_normal, standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
+from rewire.picks import Pick
 from rewire.routing import Reading, Route, route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 from rewire.structures import Feedback, Place, Structure, resolve
@@ -59,6 +60,7 @@ class Wiring:
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
+        bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
         key: a number of its own in this process: its name in compiled graphs.
         common: what structures of feedback keep once for all layers.
@@ -83,13 +85,15 @@ class Wiring:
         self.errors: dict[str, Tensor] = {}
         self.unsettled = False
         self.looked = False
+        self.bypassed: set[Tensor] = set()
+        self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
         self._warned: set[str] = set()
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}, "common": {}}
+        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -108,6 +112,24 @@ class Wiring:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, RewireWarning, stacklevel=2)
+
+    def warned_like(self, other: Wiring) -> None:
+        """Take for said what a copy has said."""
+        self._warned |= other._warned
+
+    def note_weight(self, state: LayerState, module: nn.Module) -> None:
+        """In a first pass: whose weight is whose."""
+        weight = module._parameters.get(state.kind.parameter) if state.kind.local else None
+        if weight is not None:
+            self._weights[weight] = state
+
+    def _say_bypassed(self) -> None:
+        """Weights given to operations that nobody but the graph sees: kernels of somebody's own."""
+        for weight in self.bypassed:
+            state = self._weights.get(weight)
+            if state is not None and not state.lost:
+                state.dead("its weight is also used by an operation of another module's own")
+        self.bypassed, self._weights = set(), {}
 
     def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> bool:
         """The gradient at the output of ``state`` is here. Whether it is the output error, not a hidden layer's own.
@@ -159,6 +181,7 @@ class Wiring:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
         self._forget_hidden_outputs()
         self._settle_scales()
+        self._say_bypassed()
         for state in self.layers.values():
             state.refresh()
 
@@ -225,6 +248,7 @@ class LayerState:
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        picks: its input was seen to be rows picked from the batch by index.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.
         observer: called before and after each such use, as forward hooks are around a forward.
@@ -252,6 +276,7 @@ class LayerState:
         self.watched = False
         self.busy: set[int] = set()
         self.lost = ""
+        self.picks = False
         self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
@@ -329,7 +354,9 @@ class LayerState:
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
         if direct:
-            self.steady = "direct" if hidden and self.wiring.skip == "keep" and not self.watched else ""
+            self.steady = (
+                "direct" if hidden and self.wiring.skip == "keep" and not self.watched and not self.picks else ""
+            )
         else:
             plain = isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges
             self.steady = "local" if plain and not self.watched else ""
@@ -616,11 +643,16 @@ class LayerState:
                 used[output, index] = self.direct_feedback(structure, output, index, shape, like.dtype, like.device)
         return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
 
-    def measure(self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor) -> None:
+    def measure(
+        self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor, pick: Pick | None
+    ) -> None:
         """Note how large the exact gradient is, and how large unit feedback would be, on this pass."""
-        fed = self.hand_back(rule, errors, index, exact.shape, exact.dtype, exact.device)
+        shape = exact.shape if pick is None else pick.whole(exact.shape)
+        fed = self.hand_back(rule, errors, index, shape, exact.dtype, exact.device)
         if fed is None:
             return
+        if pick is not None:
+            fed = pick(fed)
         # float64: squares of tiny float16 or bfloat16 gradients must not vanish.
         sums = torch.stack([exact.detach().double().square().sum(), fed.detach().double().square().sum()]).tolist()
         before = self.sums or (0.0, 0.0)

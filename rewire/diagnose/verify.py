@@ -1,16 +1,22 @@
 """``verify``: run one pass and show, layer by layer, that its rule is what happened.
 
-Everything is measured from outside, with ordinary hooks on a copy of the model: each layer's input is
-replaced by a clone, whose gradient is then exactly what the layer handed back. That is compared with the
-rule's formula, computed again without autograd's help from the gradient at the output (or the output error)
-and ``feedback(model)``; with what plain backprop hands back at the same place; and the gradients of the
-layer's own parameters with those of its original operation.
+Everything is measured from outside, on copies of the model (:mod:`rewire.diagnose.watch`):
+
+1. The converted model runs one pass; what each layer hands back, and the gradients of all parameters, are kept. A
+   second pass that nobody watches has to give the same gradients.
+2. The same model with every rule switched to backprop runs one forward, and its graph is used several times.
+   Backwards as it is: what backprop hands back, the output error, and (against an unconverted copy) that this
+   is plain backprop. Backwards again, with what the layers of 1 handed back put in place of their gradients: every
+   parameter's gradient, and the gradient at each layer's output, has to be that of 1.
+3. What was handed back is compared with the rule's formula (:mod:`rewire.diagnose.formula`), from the gradient at
+   the output or the output errors, and ``feedback(model)``.
+4. With every sample's error multiplied by a number of its own, backprop shows which sample each row of an
+   input belongs to; the error that was fed back to it has to be that sample's.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +24,28 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.convert import feedback, restore
+from rewire.diagnose.formula import Local, fed_back, signal
+from rewire.diagnose.graph import Flow
+from rewire.diagnose.samples import Samples, weighted
+from rewire.diagnose.watch import (
+    Buffers,
+    Gradients,
+    Layer,
+    Pass,
+    Place,
+    Randomness,
+    Seen,
+    copy_of,
+    layers_of,
+    take_gradients,
+)
 from rewire.errors import ConversionError, RoutingError
-from rewire.layers.own_forward import OwnForward
-from rewire.passes import Call, call_at
+from rewire.layers.registry import kind_of
 from rewire.preview import call as call_model
-from rewire.routing import route_to
-from rewire.rules.base import DirectRule, LocalRule
-from rewire.swap import state_of, states_of
-from rewire.wiring import LayerState, Role
+from rewire.rules.base import BP, DirectRule, LocalRule
+from rewire.wiring import LayerState
 
 LIVE = "live"
 DEAD = "dead"
@@ -52,7 +69,8 @@ class LayerReport:
             not run: the rule has no effect); ``unrouted`` (the output error has no way to it); ``wrong``.
         formula: cosine between what was handed back and the rule's formula; None where there is none.
         backprop: cosine between what was handed back and what plain backprop hands back there.
-        weight_exact: whether its parameters got exactly the gradient of its own operation; None if not checked.
+        weight_exact: whether its parameters got exactly the gradient that follows, by plain autograd, from what
+            the layers handed back; None if not checked.
         note: why, in words.
     """
 
@@ -68,21 +86,28 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Verification:
-    """All converted layers. ``str()`` is a table."""
+    """All converted layers. ``str()`` is a table.
+
+    Attributes:
+        title: class of the model.
+        layers: one report each, in registration order.
+        problems: what is wrong with no layer in particular.
+    """
 
     title: str
     layers: list[LayerReport] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """No layer is dead, unrouted or wrong."""
-        return not any(layer.status in (DEAD, UNROUTED, WRONG) for layer in self.layers)
+        """No layer is dead, unrouted or wrong, and there is no other problem."""
+        return not self.problems and not any(layer.status in (DEAD, UNROUTED, WRONG) for layer in self.layers)
 
     def __rich__(self) -> Table:
         counts = {status: sum(layer.status == status for layer in self.layers) for status in _COLOURS}
+        found = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         table = Table(
-            title=f"{self.title}: {'ok' if self.ok else 'NOT ok'}",
-            caption=", ".join(f"{count} {status}" for status, count in counts.items() if count),
+            title=f"{self.title}: {'ok' if self.ok else 'NOT ok'}", caption="\n".join([found, *self.problems])
         )
         for column in ("layer", "type", "rule", "status", "cos to formula", "cos to backprop", "own gradients", "note"):
             table.add_column(column, justify="right" if column.startswith("cos") else "left")
@@ -114,354 +139,444 @@ _COLOURS = {
 def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> Verification:
     """Run one pass and prove, for each converted layer, what happened in it.
 
-    Works on a deep copy with the random state put back afterwards, so that parameters, gradients, buffers,
-    scales and random numbers of ``model`` are as before. A model that has not been trained yet is given the
-    first, measuring pass on the copy.
+    Works on deep copies (one at a time) with the random state put back afterwards, so that parameters, gradients,
+    buffers, scales and random numbers of ``model`` are as before. A model that has not been trained yet is given
+    the first, measuring pass on the copy. Besides the copy, every layer's input and gradient are kept: count on
+    three times the memory of a training step, and the time of ten.
 
     Args:
         model: a converted model.
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        loss_fn: from the model's output to a scalar loss.
+        loss_fn: from the model's output to a scalar loss. Rules that read targets find them as in training:
+            ``with rewire.targets(y): rewire.verify(...)``.
 
     Returns:
         A :class:`Verification`: ``.ok``, ``.layers``, and ``str()`` or rich to read it.
 
     Raises:
         ConversionError: if ``model`` is not converted.
+        PassError: what such a pass raises in training too.
 
     Example:
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
-    if not _states(model):
+    if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
-    with torch.random.fork_rng(), torch.enable_grad():
-        random = torch.get_rng_state()
-        twin = copy.deepcopy(model)
-        try:
-            for _ in range(2):  # roles, then scales: a layer that waited for the first may need the second
-                ran = [state for _, state in _states(twin) if state.ran]
-                if not ran or not all(state.settled for state in ran):
-                    _backward(loss_fn(call_model(twin, inputs)))
-                    feedback(twin)  # takes in what the pass has shown
-            torch.set_rng_state(random)
-            seen = _watch(twin, inputs, loss_fn)
-        except RoutingError as problem:
-            return _unrouted(twin, problem)
-        torch.set_rng_state(random)
-        plain = restore(copy.deepcopy(model))
-        reference = _watch(plain, inputs, loss_fn, names={name for name, _ in _named(twin)})
-        return Verification(type(model).__name__, _reports(twin, seen, reference))
-
-
-# -- watching ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Seen:
-    """One call of one layer, as seen from outside."""
-
-    args: Any  # clones of what it was given, detached
-    inputs: list[Tensor]  # those of them that require a gradient
-    handed: list[Tensor | None]  # what came back for each
-    output: Tensor | None = None
-    delta: Tensor | None = None  # gradient at its output
-    again: Callable[[Tensor], Callable[[Tensor], Any]] | None = None  # weight -> (x -> y), for a use of the weight
-    index: int = 0  # number of its first input
-    made: bool = False  # the weight used was made of the layer's own, which the other module alone knows how
-    note: Call | None = None  # what the library left on the graph: which output layers are downstream
-
-
-def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(state.name, module) for module, state in _states(model)]
-
-
-def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
-    return [(module, state) for module in model.modules() for state in states_of(module)]
-
-
-def _watch(
-    model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], names: set[str] | None = None
-) -> dict[str, list[_Seen]]:
-    """One forward and backward of ``model``; every call of every converted layer (or of ``names``)."""
-    watched = (
-        {module: state.name for module in model.modules() if (state := state_of(module)) is not None}
-        if names is None
-        else {module: name for name, module in model.named_modules() if name in names}
-    )
-    seen: dict[str, list[_Seen]] = {name: [] for name in watched.values()}
-    states = [state for module in model.modules() for state in states_of(module)] if names is None else []
-    seen |= {state.name: [] for state in states}
-    running: dict[str, list[_Seen]] = {name: [] for name in seen}
-
-    def use(state: LayerState, module: nn.Module, args: Any, kwargs: Any, again: Any, index: int, plain: bool) -> Any:
-        given = before(module, args, kwargs, state.name)
-        call = running[state.name][-1]
-        call.again, call.index, call.made = again, index, not plain
-        return given
-
-    def used(state: LayerState, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        after(module, args, kwargs, output, state.name)
-
-    def before(module: nn.Module, args: Any, kwargs: Any, name: str = "") -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        call = _Seen(None, [], [])
-        kept: list[Any] = list(leaves)
-        for i, x in enumerate(leaves):
-            if not isinstance(x, Tensor):
-                continue
-            kept[i] = x.detach().clone()
-            if x.requires_grad:
-                leaves[i] = x.clone()  # its only user is this layer, so its gradient is what the layer hands back
-                _hook(leaves[i], _put(call.handed, len(call.inputs)))
-                call.inputs.append(kept[i])
-                call.handed.append(None)
-        call.args = tree_unflatten(kept, spec)
-        running[name or watched[module]].append(call)
-        return tree_unflatten(leaves, spec)
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = "") -> None:
-        call = running[name or watched[module]].pop()
-        seen[name or watched[module]].append(call)
-        y = next((t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.requires_grad), None)
-        if y is None:
-            return
-        call.output = y.detach()
-        found: list[Tensor | None] = [None]
-        _hook(y, _put(found, 0, call))
-        call.note = call_at(y)
-
-    for state in states:
-        state.observer = (use, used)  # for weights that another module uses directly
-    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in watched]
-    hooks += [m.register_forward_hook(after, with_kwargs=True) for m in watched]
+    random = Randomness()
     try:
-        model.zero_grad()
-        _backward(loss_fn(call_model(model, inputs)))
+        with torch.enable_grad():
+            return _Verify(model, inputs, loss_fn, random).result()
     finally:
-        for hook in hooks:
-            hook.remove()
-        for state in states:
-            state.observer = None
-    return seen
+        random.put_back()
 
 
-def _backward(loss: Tensor) -> None:
-    run: Callable[[], None] = loss.backward
-    run()
+class _Verify:
+    """The passes, one after the other, and what each showed."""
 
+    def __init__(self, model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], random: Randomness) -> None:
+        self.model, self.inputs, self.loss_fn, self.random = model, inputs, loss_fn, random
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.wrong: dict[str, str] = {}  # what is wrong, by layer
+        self.inexact: set[str] = set()  # layers whose parameters did not get their gradient
+        self.problems: list[str] = []
+        self._newest: tuple[str | None, dict[str, Tensor]] = (None, {})
+        self.twins: dict[Place, Place] = {}  # of a place of the converted model, the same in the reference
 
-def _hook(t: Tensor, hook: Callable[[Tensor], None]) -> None:
-    register: Callable[..., Any] = t.register_hook
-    register(hook)
+    def result(self) -> Verification:
+        """Run everything."""
+        title = type(self.model).__name__
+        layers = layers_of(self.model)
+        lost = {name for name, layer in layers.items() if not hasattr(type(layer.module), "_rewired_from")}
+        if lost:
+            self.layers = layers
+            return Verification(title, [self._lost(name, name in lost) for name in layers])
+        try:
+            self.ours, gradients = self._as_converted()
+        except RoutingError as problem:
+            return Verification(title, self._unrouted(problem))
+        self._against_backprop(gradients)
+        return Verification(title, [*self._reports()], self.problems)
 
+    # -- passes --------------------------------------------------------------------------------------
 
-def _put(place: list[Tensor | None], index: int, call: _Seen | None = None) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        place[index] = gradient.detach().clone()
-        if call is not None:
-            call.delta = place[index]
+    def _as_converted(self) -> tuple[Pass, Gradients]:
+        model = copy_of(self.model)
+        take_gradients(model)
+        self.layers = layers_of(model)
+        self.states = states = {name: layer.state for name, layer in self.layers.items()}
+        self.cut = {n for n, s in states.items() if s.wiring.skip == "cut" and isinstance(s.rule, DirectRule)}
+        buffers = Buffers(model)
+        for _ in range(4):  # roles, then scales; the same random numbers, so that the same layers run each time
+            known = {name for name, state in states.items() if state.settled}
+            if any(s.ran for s in states.values()) and all(s.settled for s in states.values() if s.ran):
+                break
+            self._plainly(model, buffers)
+            for state in states.values():
+                state.wiring.settle_if_alone()
+            if known and known == {name for name, state in states.items() if state.settled}:
+                break
+        draws = {state: state.draws for state in states.values()}
+        self._again(buffers)
+        ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)
+        gradients = ours.backward(last=True)
+        for state, draw in draws.items():
+            state.draws = draw
+        off = self._differ(gradients, self._plainly(model, buffers))
+        self._blame(off, "its parameters get other gradients when nobody watches")
+        return ours, gradients
 
-    return hook
+    def _used(self, name: str) -> dict[str, Tensor]:
+        """``feedback(model)`` of one layer. Of the newest alone: all of it, dense, may be more than the model."""
+        if self._newest[0] != name:
+            self._newest = name, feedback(self.layers[name].module)
+        return self._newest[1]
 
+    def _again(self, buffers: Buffers | None = None) -> None:
+        """Before each pass: all passes start from the same."""
+        self.random.put_back()
+        if buffers is not None:
+            buffers.put_back()
 
-# -- comparing ---------------------------------------------------------------------------------------
+    def _plainly(self, model: nn.Module, buffers: Buffers | None = None) -> Gradients:
+        """A pass without anybody watching."""
+        self._again(buffers)
+        torch.autograd.backward([self.loss_fn(call_model(model, self.inputs))])
+        return take_gradients(model)
 
+    def _against_backprop(self, gradients: Gradients) -> None:
+        model = copy_of(self.model)
+        take_gradients(model)
+        layers = layers_of(model)
+        for name, (module, state) in ((name, (layer.module, layer.state)) for name, layer in layers.items()):
+            state.wiring.warned_like(self.states[name].wiring)
+            state.rule = BP()
+            state.refresh()
+            if state.kind.local:
+                for parameter in module.parameters():
+                    parameter.requires_grad_()  # or the graph would not show what uses it
+        self._again()
+        local = Local(self.ours.calls, self._used)
+        theirs = Pass(model, layers, self.inputs, self.loss_fn, self.cut, local.before)
+        self.weights = local.weights
+        self._pair(theirs)
 
-def _reports(model: nn.Module, seen: dict[str, list[_Seen]], reference: dict[str, list[_Seen]]) -> list[LayerReport]:
-    used = feedback(model)
-    deltas = {call.note: call.delta for calls in seen.values() for call in calls if call.note is not None}
-    own = _own_gradients(model, seen)
-    reports: list[LayerReport] = []
-    for module, state in _states(model):
-        calls = seen[state.name]
-        kind = vars(type(module)).get("_rewired_from", type(module)).__name__
+        plain = theirs.backward()
+        self.reached = {call: other.delta is not None for call, other in self.calls.items()}
+        self.plain = {place: _filled(other) for place, other in self.twins.items()}
+        weights = {name: _weights(layer) for name, layer in layers.items() if layer.state.kind.local}
+        self.flow = Flow(theirs, weights, self._starts)
+        self.samples = Samples(theirs, self.flow, {output: list(output.deltas) for output in self.flow.outputs})
+        # Their own, because the layers of another conversion may lie between an output layer and the loss; that they
+        # are what follows from what was handed back is shown below.
+        self.errors = {other: call.deltas for call, other in self.calls.items() if other in self.flow.outputs}
 
-        def report(status: str, note: str = "", state: LayerState = state, kind: str = kind, **more: Any) -> None:
-            reports.append(LayerReport(state.name, kind, repr(state.rule), status, note=note, **more))
+        for place, other in self.twins.items():
+            other.put = _filled(place)
+        off = self._differ(gradients, theirs.backward(last=True))
+        self.inexact = self._blame(off, "its parameters did not get the gradient of their own operation")
+        for name, calls in self.ours.calls.items():
+            others = theirs.calls[name]
+            if len(calls) != len(others):
+                self.wrong.setdefault(name, "runs another number of times under 'bp'")
+            elif not all(_same(a.deltas, b.deltas) for a, b in zip(calls, others, strict=True)):
+                self.wrong.setdefault(name, "the gradient at its output is not what plain autograd brings there")
+        del model, layers, theirs.model
 
-        if state.lost and state.active:
-            report(DEAD, state.lost)
-            continue
-        if not calls:
-            touched = any(p.grad is not None and bool(p.grad.any()) for p in module.parameters(recurse=False))
-            if touched and not state.active:
-                report(ON_BACKPROP, "its weight is used by another module directly")
-            elif touched:
-                report(DEAD, "its weight is used by another module in a way that is not known; its forward never ran")
-            else:
-                report(NOT_RUN, "did not run in this pass")
-            continue
-        exact = own.get(state.name)
+        model = copy_of(self.model)
+        try:
+            restore(model)
+        except ConversionError:  # a class of somebody else's on top, of a parametrization for instance
+            return
+        take_gradients(model)
+        off = self._differ(plain, self._plainly(model))
+        self._blame(off, "switched to 'bp', its parameters do not get plain backprop's gradient")
+
+    def _starts(self, call: Seen) -> bool:
+        """Whether a call's layer may be an output layer."""
+        state = self.states[call.name]
+        asked = state.wiring.asked
+        return asked is None or state.active or state.name in asked
+
+    def _pair(self, theirs: Pass) -> None:
+        self.calls: dict[Seen, Seen] = {}
+        for name, calls in self.ours.calls.items():
+            for call, other in zip(calls, theirs.calls[name], strict=False):
+                self.calls[call] = other
+                leaves = {place.leaf: place for place in other.places}
+                self.twins.update({place: leaves[place.leaf] for place in call.places if place.leaf in leaves})
+
+    def _differ(self, a: Gradients, b: Gradients) -> set[str]:
+        """Names of parameters that are trained and have different gradients."""
+        # Sums that cancel (a key's bias, which softmax does not feel) are as exact as the module's others are large.
+        sizes: dict[str, float] = {}
+        for name, gradient in b.items():
+            if gradient is not None and gradient.numel():
+                owner = name.rpartition(".")[0]
+                sizes[owner] = max(sizes.get(owner, 0.0), float(gradient.abs().max()))
+        return {
+            name
+            for name in self.trained
+            if not _same([a.get(name)], [b.get(name)], sizes.get(name.rpartition(".")[0], 0.0))
+        }
+
+    def _owns(self, name: str, parameter: str) -> bool:
+        kind = self.states[name].kind
+        if kind.part:
+            return parameter == f"{name.removesuffix(kind.part)}{kind.parameter}"
+        return parameter.startswith(f"{name}." if name else "")
+
+    def _blame(self, parameters: set[str], why: str) -> set[str]:
+        """Say ``why`` of the layers that ``parameters`` belong to; their names."""
+        blamed = {name for name in self.layers for p in parameters if self._owns(name, p)}
+        rest = {p for p in parameters if not any(self._owns(name, p) for name in blamed)}
+        for name in blamed:
+            self.wrong.setdefault(name, why)
+        if rest:
+            named = ", ".join(sorted(rest)[:6]) + (", ..." if len(rest) > 6 else "")
+            self.problems.append(f"{named}: {why.replace('its parameters', 'these parameters')}")
+        return blamed
+
+    # -- reports -------------------------------------------------------------------------------------
+
+    def _unrouted(self, problem: RoutingError) -> list[LayerReport]:
+        reports = []
+        for name in self.layers:
+            here = str(problem).startswith(f"layer {self.states[name].label} ")
+            status, note = (UNROUTED, str(problem)) if here else (NOT_RUN, "the pass broke off")
+            reports.append(self._report(name, status, note))
+        return reports
+
+    def _lost(self, name: str, lost: bool) -> LayerReport:
+        gone = f"its class is {type(self.layers[name].module).__name__} again: something took the rule off"
+        return self._report(name, *((WRONG, gone) if lost else (NOT_RUN, "no pass was run")))
+
+    def _report(self, name: str, status: str, why: str, **more: Any) -> LayerReport:
+        layer = self.layers[name]
+        cls: type = getattr(type(layer.module), "_rewired_from", type(layer.module))
+        return LayerReport(name, cls.__name__, repr(layer.state.rule), status, note=why, **more)
+
+    def _reports(self) -> Iterator[LayerReport]:
+        inside = tuple(f"{name}." for name, state in self.states.items() if not state.kind.local)
+        by_module: dict[str, list[str]] = {}
+        for name, layer in self.layers.items():
+            by_module.setdefault(name.removesuffix(layer.state.kind.part).removesuffix("."), []).append(name)
+        for name, module in self.model.named_modules():
+            for layer_name in by_module.get(name, []):
+                yield self._layer(layer_name)
+            if name not in by_module and kind_of(module) is not None and not name.startswith(inside):
+                yield LayerReport(name, type(module).__name__, "bp", ON_BACKPROP, note="not converted")
+
+    def _layer(self, name: str) -> LayerReport:
+        state, calls = self.states[name], self.ours.calls[name]
+        module = self.layers[name].module
+        own = any(p.requires_grad for p in module.parameters()) and any(c.delta is not None for c in calls)
+        exact = name not in self.inexact if own else None
+
+        def say(verdict: tuple[str, str], cosines: dict[str, float | None] | None = None) -> LayerReport:
+            status, note = verdict
+            return self._report(name, status, note, weight_exact=exact, **(cosines or {}))
+
+        wrong = self.wrong.get(name)
+        used = name in self.flow.uses
         ran = [call for call in calls if call.delta is not None]
-        if not ran:
-            report(NOT_RUN, "ran, but the loss does not depend on it", weight_exact=exact)
-            continue
+        if state.lost and state.active:
+            return say((DEAD, state.lost))
+        if not calls and used:
+            unknown = "its weight is used by another module in a way that is not known; its forward never ran"
+            return say((DEAD if state.active else ON_BACKPROP, unknown))
+        if any(call.delta is None and self.reached.get(call) for call in calls):
+            return say((UNROUTED, "backprop brings its output a gradient, and under the rules none came"))
+        if not ran and not used:
+            why = "ran, but the loss does not depend on it" if calls else "did not run in this pass"
+            return say((WRONG, wrong) if wrong else (NOT_RUN, why))
+        if used and state.active:
+            return say((WRONG, "another module uses its weight directly as well, and there the rule has no effect"))
+        if wrong:
+            return say((WRONG, wrong), self._cosines(ran))
         if not state.active:
-            note = "output layer, exact gradient" if state.role is Role.OUTPUT else "kept on backprop"
-            report(ON_BACKPROP if exact is not False else WRONG, note, weight_exact=exact)
-            continue
-        pairs = [(call, i, handed) for call in ran for i, handed in enumerate(call.handed) if call.inputs]
+            return say(self._on_backprop(ran))
+        pairs = [(call, place) for call in ran for place in call.places]
         if not pairs:
-            report(FIRST if exact is not False else WRONG, "nothing to hand back to", weight_exact=exact)
-            continue
-        handed, expected, plain = [], [], []
-        for call, index, got in pairs:
-            handed.append(torch.zeros_like(call.inputs[index]) if got is None else got)
-            expected.append(_formula(module, state, call, index, used, deltas))
-            twin_calls = reference.get(state.name, [])
-            place = next(i for i, other in enumerate(calls) if other is call)
-            other = twin_calls[place].handed[index] if place < len(twin_calls) else None
-            plain.append(torch.zeros_like(call.inputs[index]) if other is None else other)
-        backprop = _cosine(handed, plain)
+            return say((FIRST, "nothing to hand back to"))
+        if not state.settled:
+            return say((WRONG, "its scale could not be measured: so far it hands back what backprop does"))
+        return say(self._verdict(state, name, pairs), self._cosines(ran))
+
+    def _on_backprop(self, ran: list[Seen]) -> tuple[str, str]:
+        for call in ran:
+            for place in call.places:
+                wanted = call.expected.get(place.leaf)
+                if wanted is not None and not close([_filled(place)], [wanted]):
+                    return WRONG, "what was handed back is not backprop's gradient"
+        output = any(self.calls.get(call) in self.errors for call in ran)
+        return ON_BACKPROP, "output layer, exact gradient" if output else "kept on backprop"
+
+    def _cosines(self, ran: list[Seen]) -> dict[str, float | None]:
+        pairs = [(call, place) for call in ran for place in call.places]
+        handed = [_filled(place) for _, place in pairs]
+        plain = [self.plain.get(place) for _, place in pairs]
+        wanted = [self._expected(call, place) for call, place in pairs] if ran and ran[0].state.active else []
+        return {
+            "formula": _cosine(handed, wanted) if wanted else None,
+            "backprop": _cosine(handed, plain) if plain else None,
+        }
+
+    def _verdict(self, state: LayerState, name: str, pairs: list[tuple[Seen, Place]]) -> tuple[str, str]:
+        """Status and note of a layer that had something to hand back."""
+        handed = [_filled(place) for _, place in pairs]
+        plain = [self.plain.get(place) for _, place in pairs]
+        as_backprop = close(handed, plain) and any(bool(h.any()) for h in handed)
+        expected = [self._expected(call, place) for call, place in pairs]
+        rule = state.rule
+        direct = isinstance(rule, DirectRule)
         if any(e is None for e in expected):
-            report(
-                LIVE if exact is not False else WRONG,
-                "formula not recomputed: forward of its own",
-                backprop=backprop,
-                weight_exact=exact,
+            if not any(bool(h.any()) for h in handed):
+                return UNROUTED if direct else WRONG, "nothing was handed back"
+            if as_backprop:
+                return WRONG, f"what was handed back is {_BACKPROP}"
+            if direct:
+                return WRONG, "feedback(model) does not fit the output error that comes here"
+            return LIVE, "formula not recomputed: an operation that is not known"
+        if not close(handed, expected, coarsest=_coarsest(state)):
+            if not any(bool(h.any()) for h in handed):
+                return UNROUTED if direct else WRONG, "nothing was handed back"
+            return WRONG, f"what was handed back is {_BACKPROP if as_backprop else _NOT_THE_RULE}"
+        if as_backprop and type(state.rule).__module__.startswith("rewire.rules."):
+            if isinstance(state.rule, LocalRule) and not state.rule.random:
+                return LIVE, "the rule comes to the same as backprop here"
+            return WRONG, f"what was handed back is {_BACKPROP}"
+        if not direct:
+            B, ours = self._used(name).get(state.name), self.weights.get(name)
+            if B is None or (ours is not None and not close([B], [ours[1].to(B.dtype)])):
+                return WRONG, "feedback(model) does not show the backward weight that the rule says"
+        elif any(self._astray(call, place, e) for (call, place), e in zip(pairs, expected, strict=True)):
+            return WRONG, (
+                "rows of its input get the feedback of other samples' errors than their own: name the layout, "
+                "feed back a larger unit (blocks=), or use a local rule here"
             )
-            continue
-        wanted = [e for e in expected if e is not None]
-        close = _close(handed, wanted, _coarsest(state))
-        note = "" if close else "what was handed back is not what the rule says"
-        if close and exact is False:
-            note = "its parameters did not get their own operation's gradient"
-        if not close and all(got is None for _, _, got in pairs):
-            report(UNROUTED, "nothing was handed back", backprop=backprop, weight_exact=exact)
-            continue
-        report(
-            LIVE if close and exact is not False else WRONG,
-            note,
-            formula=_cosine(handed, wanted),
-            backprop=backprop,
-            weight_exact=exact,
-        )
-    return reports
+        if not any(bool(h.any()) for h in handed):
+            if isinstance(rule, DirectRule) and not rule.silent and self._error_arrives(pairs):
+                return UNROUTED, "nothing was handed back, though there is an output error"
+            return LIVE, "zeros, as the rule says"
+        return LIVE, "hands back what backprop does" if as_backprop else ""
 
-
-def _formula(
-    module: nn.Module,
-    state: LayerState,
-    call: _Seen,
-    index: int,
-    used: dict[str, Tensor],
-    deltas: dict[Call, Tensor | None],
-) -> Tensor | None:
-    """What the rule says goes to input ``index`` of ``call``; None where it cannot be recomputed."""
-    x, rule = call.inputs[index], state.rule
-    if isinstance(rule, LocalRule):
-        if call.delta is None or (isinstance(state.kind, OwnForward) and call.again is None):
-            return None
-        weight = used[state.name].to(x.dtype)
-        if call.again is not None:
-            out, start = _again(call, weight)
-            return torch.autograd.grad(out, start, call.delta.to(out.dtype))[0]
-        plain = _original(module)
-        _set_weight(plain, weight)
-        return _gradients(plain, call, [x])[0]
-    assert isinstance(rule, DirectRule)
-    total = torch.zeros_like(x)
-    if rule.silent or call.note is None:
+    def _expected(self, call: Seen, place: Place) -> Tensor | None:
+        """What the rule says comes back at ``place``; None where it cannot be computed again."""
+        if not isinstance(call.state.rule, DirectRule):
+            return call.expected.get(place.leaf)
+        total: Tensor | None = None
+        for sharing, at in self._sharing(call, place):
+            fed = self._fed(sharing, at)
+            if fed is None:
+                return None
+            total = fed if total is None else total + fed
         return total
-    several = len(state.wiring.outputs) > 1
-    for error in call.note.errors:
-        delta = next((d for note, d in deltas.items() if error in note.own), None)
-        if delta is None or any(deltas.get(note) is not None for note in deltas if set(note.own) & set(error.above)):
-            continue
-        signal = rule.signal(delta, error.targets, error.axis)
-        number = index + call.index
+
+    def _sharing(self, call: Seen, place: Place) -> list[tuple[Seen, Place]]:
+        """All calls whose feedback the gradient at ``place`` is the sum of: one, unless skips are cut."""
+        if place.shared is place:
+            return [(call, place)]
+        return [(c, p) for c in self.ours for p in c.places if p.shared == place.shared and c.delta is not None]
+
+    def _fed(self, call: Seen, place: Place, dim: int | None = None) -> Tensor | None:
+        """B e over the output calls downstream; with each sample's error weighted along ``dim``, if given."""
+        state, total = call.state, torch.zeros_like(place.x)
+        rule = state.rule
+        assert isinstance(rule, DirectRule)
+        other = self.calls.get(call)
+        if rule.silent or other is None:
+            return total
+        used = self._used(call.name)
+        number = call.first + place.index
         name = state.name if number == 0 else f"{state.name}#{number}"
-        B = used.get(f"{name}@{error.state.name}" if several else name, used.get(name))
-        if B is None:
-            return None
-        axes = state.kind.axis(x.dim()), error.axis
-        route = route_to(
-            tuple(x.shape),
-            axes[0],
-            tuple(delta.shape),
-            axes[1],
-            structure=state.structure().routing,
-            layout=rule.layout,
-            seen=state.order,
-            hint=state.layout,
-        )
-        total += route(signal, B).to(x.dtype)
-    return total
+        for output in self.flow.downstream(other):
+            B = used.get(f"{name}@{output.state.name}", used.get(name))
+            for e in self.errors.get(output, []):
+                if e is None:
+                    continue
+                axis = output.state.kind.axis(e.dim())
+                sent = signal(rule, e, axis)
+                if dim is not None:
+                    sent = weighted(sent, axis, dim)
+                if output.pick is not None:
+                    sent = output.pick.put(sent)
+                shape, pick = place.x.shape, other.pick
+                whole = shape if pick is None else pick.whole(shape)
+                fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
+                if fed is None:
+                    return None
+                total = total + (fed if pick is None else pick(fed)).to(total.dtype)
+        return total
+
+    def _astray(self, call: Seen, place: Place, fed: Tensor | None) -> bool:
+        """Whether a row got the feedback of another sample's error."""
+        other = self.twins.get(place)
+        if fed is None or other is None or place.shared is not place:
+            return False
+        weighted_too = {f.dim: self._fed(call, place, f.dim) for f in self.samples.factors.get(other, [])}
+        known = {dim: t for dim, t in weighted_too.items() if t is not None}
+        kept = _coarsest(call.state)
+        coarse = kept is not None and kept.itemsize <= 2
+        return self.samples.disagree(other, call.state.kind.axis(place.x.dim()), fed, known, coarse)
+
+    def _error_arrives(self, pairs: list[tuple[Seen, Place]]) -> bool:
+        outputs = [o for call, _ in pairs if call in self.calls for o in self.flow.downstream(self.calls[call])]
+        return any(e is not None and bool(e.any()) for output in outputs for e in self.errors.get(output, []))
 
 
-def _original(module: nn.Module) -> nn.Module:
-    """A copy of one layer as it was before conversion, without its hooks."""
-    plain = restore(copy.deepcopy(module))
-    for hooks in (plain._forward_hooks, plain._forward_pre_hooks, plain._backward_hooks, plain._backward_pre_hooks):
-        hooks.clear()
-    return plain
+_BACKPROP = "backprop's own gradient"
+_NOT_THE_RULE = "not what the rule says"
 
 
-def _again(call: _Seen, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A use of a layer's weight with another weight, and its x."""
-    assert call.again is not None
-    x: Tensor = tree_flatten(call.args)[0][0].detach().requires_grad_()
-    y: Tensor = call.again(weight)(x)
-    return y, x
+# -- parts -------------------------------------------------------------------------------------------
 
 
-def _set_weight(plain: nn.Module, weight: Tensor) -> None:
-    if nn.utils.parametrize.is_parametrized(plain, "weight"):
-        nn.utils.parametrize.remove_parametrizations(plain, "weight")
-    plain.weight = nn.Parameter(weight)
+def _weights(layer: Layer) -> list[Tensor]:
+    """What the layer's operation multiplies by: its weight, or what that is made of."""
+    if layer.state.kind.part:
+        return [getattr(layer.module, layer.state.kind.parameter)]
+    return [p for p in layer.module.parameters() if p.dim() > 1]
 
 
-def _gradients(plain: nn.Module, call: _Seen, wanted: list[Tensor]) -> list[Tensor]:
-    """Gradients of the plain operation at ``call``, for its delta, with respect to ``wanted``."""
-    assert call.delta is not None
-    leaves, spec = tree_flatten(call.args)
-    for i, leaf in enumerate(leaves):
-        if any(leaf is x for x in wanted):
-            leaves[i] = leaf.detach().requires_grad_()
-    fresh = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-    parameters = [t for t in wanted if isinstance(t, nn.Parameter)]
-    args, kwargs = tree_unflatten(leaves, spec)
-    output = plain(*args, **kwargs)
-    y = next(t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.requires_grad)
-    return list(torch.autograd.grad(y, [*fresh, *parameters], call.delta.to(y.dtype), allow_unused=True))
+def _filled(place: Place) -> Tensor:
+    """What came back, zeros if nothing did."""
+    return torch.zeros_like(place.x) if place.handed is None else place.handed
 
 
-def _own_gradients(model: nn.Module, seen: dict[str, list[_Seen]]) -> dict[str, bool]:
-    """For each layer: whether its parameters' gradients are exactly those of its own operation, over all calls.
+def _same(a: Sequence[Tensor | None], b: Sequence[Tensor | None], size: float = 0.0) -> bool:
+    """:func:`close`, where nothing is as good as zeros."""
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b, strict=True):
+        either = y if x is None else x
+        if either is not None:
+            zeros = torch.zeros_like(either)
+            if not close([zeros if x is None else x], [zeros if y is None else y], size):
+                return False
+    return True
 
-    Parameters that several modules share are left out, and so are blocks, which may be random inside.
+
+def close(
+    got: Sequence[Tensor | None],
+    wanted: Sequence[Tensor | None],
+    least: float = 0.0,
+    coarsest: torch.dtype | None = None,
+) -> bool:
+    """Equal to a few hundred units in the last place of the largest entry (few, in formats of two bytes).
+
+    Args:
+        least: what the largest entry is taken to be at least.
+        coarsest: a dtype that numbers went through on the way, if they did.
     """
-    owners: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[parameter] = owners.get(parameter, 0) + 1
-    exact: dict[str, bool] = {}
-    for module, state in _states(model):
-        mine = [(name, p) for name, p in module.named_parameters() if p.requires_grad and owners[p] == 1]
-        if state.functional:  # who uses the weight may make a bias of its own for it
-            mine = [(name, p) for name, p in mine if name == state.kind.parameter]
-        calls = [call for call in seen[state.name] if call.delta is not None]
-        if any(call.made for call in calls):
-            continue
-        if not mine or not calls or not state.kind.local:
-            continue
-        plain = _original(module)
-        theirs = dict(plain.named_parameters())
-        totals = {name: torch.zeros_like(p) for name, p in mine}
-        for call in calls:
-            wanted: list[Tensor] = [theirs[name] for name, _ in mine]
-            if call.again is not None:
-                y, _ = _again(call, wanted[0])
-                assert call.delta is not None
-                gradients = list(torch.autograd.grad(y, wanted, call.delta.to(y.dtype)))
-            else:
-                gradients = _gradients(plain, call, wanted)
-            for (name, _), gradient in zip(mine, gradients, strict=True):
-                if gradient is not None:
-                    totals[name] += gradient
-        got = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in mine]
-        exact[state.name] = _close(got, list(totals.values()))
-    return exact
+    for a, b in zip(got, wanted, strict=True):
+        if a is None or b is None or a.shape != b.shape or not torch.isfinite(a).all():
+            return False
+        size = max(float(b.detach().abs().max()) if b.numel() else 0.0, least)
+        dtypes = (b.dtype,) if coarsest is None else (b.dtype, coarsest)
+        tolerance = max((2e3 if dtype.itemsize > 2 else 8) * torch.finfo(dtype).eps for dtype in dtypes)
+        if a.numel() and float((a - b).abs().max()) > tolerance * size:
+            return False
+    return True
 
 
 def _coarsest(state: LayerState) -> torch.dtype | None:
@@ -470,36 +585,15 @@ def _coarsest(state: LayerState) -> torch.dtype | None:
     return kept if kept is not None and kept.is_floating_point else None
 
 
-def _close(got: list[Tensor], wanted: list[Tensor], coarsest: torch.dtype | None = None) -> bool:
-    """Equal to a few hundred units in the last place of the largest entry (few, in formats of two bytes).
-
-    Args:
-        coarsest: a dtype that numbers went through on the way, if they did.
-    """
-    for a, b in zip(got, wanted, strict=True):
-        size = float(b.detach().abs().max()) if b.numel() else 0.0
-        dtypes = (b.dtype,) if coarsest is None else (b.dtype, coarsest)
-        tolerance = max((2e3 if dtype.itemsize > 2 else 8) * torch.finfo(dtype).eps for dtype in dtypes)
-        if not torch.isfinite(a).all() or (a.numel() and float((a - b).abs().max()) > tolerance * size):
-            return False
-    return True
-
-
-def _cosine(a: list[Tensor], b: list[Tensor]) -> float | None:
-    """Between two lists of tensors taken as one vector each; None if either is zero."""
-    dot = sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-    norms = [sum(float(x.double().square().sum()) for x in v) ** 0.5 for v in (a, b)]
+def _cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:
+    """Between two lists of tensors taken as one vector each; None if either is zero or not known."""
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    if len(pairs) < len(a):
+        return None
+    dot = sum(float((x * y).sum()) for x, y in pairs)
+    norms = [sum(float(pair[i].square().sum()) for pair in pairs) ** 0.5 for i in (0, 1)]
     return dot / (norms[0] * norms[1]) if all(n > 0 for n in norms) else None
 
 
 def _show(cosine: float | None) -> str:
     return "-" if cosine is None else f"{cosine:.3f}"
-
-
-def _unrouted(model: nn.Module, problem: RoutingError) -> Verification:
-    reports = []
-    for module, state in _states(model):
-        kind = vars(type(module)).get("_rewired_from", type(module)).__name__
-        status, note = (UNROUTED, str(problem)) if state.label in str(problem) else (NOT_RUN, "the pass broke off")
-        reports.append(LayerReport(state.name, kind, repr(state.rule), status, note=note))
-    return Verification(type(model).__name__, reports)

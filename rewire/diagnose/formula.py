@@ -1,0 +1,269 @@
+"""What each rule says is handed back, computed again with as little as possible of the code that is checked.
+
+The equations of the rules that come with the library are written down once more, and the common ways of an error
+to an input are plain products; for rules of one's own, and shapes that have to be interpreted, the rule and
+:mod:`rewire.routing` are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from threading import get_ident
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from rewire.diagnose.watch import Layer, Randomness, Seen
+from rewire.errors import RoutingError
+from rewire.feedback import quick_normal, standard_normal
+from rewire.routing import route_to
+from rewire.rules.base import DirectRule, LocalRule, Rule
+from rewire.rules.direct import DFA, SDFA, Shallow
+from rewire.rules.local import BRSF, FA, FRSF, USF
+from rewire.targets import current_targets
+from rewire.wiring import LayerState
+
+# -- direct rules --------------------------------------------------------------------------------------
+
+_SIGNALS: dict[type[Rule], Callable[[Tensor], Tensor]] = {
+    DFA: lambda e: e,
+    SDFA: lambda e: (e > 0).to(e.dtype) - (e < 0).to(e.dtype),
+    Shallow: lambda e: e * 0,
+}
+
+
+def signal(rule: DirectRule, e: Tensor, axis: int) -> Tensor:
+    """What ``rule`` projects."""
+    ours = _SIGNALS.get(type(rule))
+    return rule.signal(e, current_targets(), axis) if ours is None else ours(e)
+
+
+def fed_back(
+    state: LayerState, rule: DirectRule, shape: torch.Size, output: LayerState, sent: Tensor, B: Tensor
+) -> Tensor | None:
+    """``sent B`` as a gradient for an input of ``shape``; None if there is no way."""
+    axes = state.kind.axis(len(shape)), output.kind.axis(sent.dim())
+    if B.shape[0] != sent.shape[axes[1]]:
+        return None
+    sent = sent.to(B.dtype)
+    if "sequence_first" not in (rule.layout, state.layout) and not (state.order and any(state.order)):
+        plain = _plainly(sent, B, shape, axes)
+        if plain is not None:
+            return plain
+    above = output.rule
+    try:
+        route = route_to(
+            tuple(shape),
+            axes[0],
+            tuple(sent.shape),
+            axes[1],
+            structure=state.structure().routing,
+            layout=rule.layout,
+            e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
+            seen=state.order,
+            hint=state.layout,
+        )
+    except RoutingError:
+        return None
+    return route(sent, B) if B.shape == route.feedback_shape else None
+
+
+def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tensor | None:
+    """The ways that need no interpretation of shapes."""
+    batch = x[0] == e.shape[0] > 1
+    if B.shape[1] != x[axes[0]]:
+        return None
+    if axes == (-1, -1) and B.dim() == 2 and batch:
+        if len(x) == e.dim() == 2:
+            return torch.einsum("bn,nf->bf", e, B)
+        if len(x) == e.dim() == 3 and x[:2] == e.shape[:2] and x[0] != x[1]:
+            return torch.einsum("btn,nf->btf", e, B)
+        if len(x) == 3 and e.dim() == 2 and x[0] != x[1]:
+            return torch.einsum("bn,nf->bf", e, B)[:, None].expand(x)
+    if axes[0] == 1 and batch:
+        if e.dim() == 2 and axes[1] == -1:
+            if B.dim() > 2 and B.shape[1:] != x[1:]:
+                return None
+            fed = torch.einsum("bn,nf->bf", e, B.flatten(1))
+            return fed.reshape(x) if B.dim() > 2 else fed.reshape(*fed.shape, *(1,) * (len(x) - 2)).expand(x)
+        if axes[1] == 1 and e.shape[2:] == x[2:] and B.dim() == 2:
+            return torch.einsum("bn...,nf->bf...", e, B)
+    return None
+
+
+# -- local rules ---------------------------------------------------------------------------------------
+
+# (W, R, s) -> B
+_BACKWARD: dict[type[Rule], Callable[[Tensor, Tensor, float], Tensor]] = {
+    FA: lambda W, R, s: R,
+    USF: lambda W, R, s: s * W.sign(),
+    BRSF: lambda W, R, s: R.abs() * W.sign(),
+    FRSF: lambda W, R, s: R.abs() * W.sign(),
+}
+
+
+def backward_weight(state: LayerState, W: Tensor, draw: int) -> Tensor:
+    """B of a local rule for the weight of one call."""
+    rule = state.rule
+    if not isinstance(rule, LocalRule):
+        return W
+    s = state.local_scale(W)
+    seed, name = state.wiring.seed, state.name
+    if rule.redraw:
+        R = quick_normal(W.shape, seed=seed, name=name, draw=draw, scale=s)
+    else:
+        R = s * standard_normal(W.shape, seed=seed, name=name)
+    R = R.to(W.device, W.dtype)
+    ours = _BACKWARD.get(type(rule))
+    if ours is not None:
+        return ours(W, R, s)
+    if rule.magnitude:
+        R = R.abs()
+    return rule.backward_weight(W if rule.uses_weight else None, R if rule.random else None, s)
+
+
+class Local:
+    """Computes what a local rule (or backprop) hands back, beside the forward of the reference pass.
+
+    A layer's original forward is run once more on the same input, random numbers and buffers, with its operation
+    split in two: the value, without a gradient for its input, and a zero whose gradient is B's. Where another module
+    uses the weight directly the operation is all there is, and is run with B.
+
+    Args:
+        calls: of the converted model, with the gradients at their outputs.
+        used: ``feedback(model)`` there, by layer.
+
+    Attributes:
+        weights: (W, B) of each layer's newest call.
+    """
+
+    def __init__(self, calls: Mapping[str, list[Seen]], used: Callable[[str], Mapping[str, Tensor]]) -> None:
+        self.weights: dict[str, tuple[Tensor, Tensor]] = {}
+        self._left = {name: list(seen) for name, seen in calls.items()}
+        self._used = used
+
+    def before(self, call: Seen, layer: Layer) -> None:
+        """To be called before ``layer`` runs in the reference."""
+        left = self._left[call.name]
+        ours = left.pop(0) if left else None
+        if ours is None or ours.delta is None or not ours.places or not ours.state.kind.local:
+            return
+        if isinstance(ours.state.rule, DirectRule):
+            return
+        with torch.enable_grad(), _saving_for_itself():
+            if ours.again is None:
+                self._forward(ours, call, layer)
+            else:
+                self._use(ours, call, layer)
+
+    def _use(self, ours: Seen, call: Seen, layer: Layer) -> None:
+        assert call.again is not None
+        W = ours.state.kind.look(layer.module)
+        if ours.plain:
+            B = backward_weight(ours.state, W, ours.draw)
+            self.weights[call.name] = W, B
+        elif isinstance(ours.state.rule, LocalRule):  # of a weight that the other module alone knows how to make
+            B = self._used(call.name)[ours.state.name]
+        else:
+            return
+        (place,) = ours.places
+        x = place.x.clone().requires_grad_()
+        _expect(ours, call.again(B.to(W.dtype))(x), [x])
+
+    def _forward(self, ours: Seen, call: Seen, layer: Layer) -> None:
+        module = layer.module
+        parent: Any = getattr(type(module), "_rewired_from", type(module))
+        others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
+        buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        random = Randomness()
+        split = _Split(ours, ours.state.kind.look(module).shape, others)
+        (args, kwargs), xs = _fresh(call.args, ours)
+        watched, call.state.ran = call.state.ran, True
+        call.state.busy.add(get_ident())  # a use by the layer itself is no use by another module
+        try:
+            with split:
+                y = parent.forward(module, *args, **kwargs)
+        finally:
+            call.state.busy.discard(get_ident())
+            call.state.ran = watched
+        random.put_back()
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+        if split.found is not None:
+            self.weights[call.name] = split.found
+            _expect(ours, y, xs)
+
+
+class _Split(TorchFunctionMode):
+    """Splits the operation with the layer's weight (or what its forward makes of it) in two."""
+
+    def __init__(self, theirs: Seen, shape: torch.Size, others: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.theirs, self.shape, self.others = theirs, shape, others
+        self.found: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weight = _argument(args, kwargs, *_WEIGHT_AT[func]) if func in _WEIGHT_AT else None
+        if weight is None or weight.shape != self.shape or any(weight is other for other in self.others):
+            return func(*args, **kwargs)
+        B = backward_weight(self.theirs.state, weight.detach(), self.theirs.draw)
+        self.found = weight.detach(), B
+        x = _argument(args, kwargs, *_INPUT_AT[func])
+        cut_args, cut_kwargs = _replaced(args, kwargs, _INPUT_AT[func], x.detach())
+        fed_args, fed_kwargs = _replaced(args, kwargs, _WEIGHT_AT[func], B)
+        fed = func(*fed_args, **fed_kwargs)
+        return func(*cut_args, **cut_kwargs) + (fed - fed.detach())
+
+
+def _saving_for_itself() -> Any:
+    """Keeps what is saved for backward here out of the books of a checkpoint around it."""
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks
+    return hooks(lambda t: t, lambda t: t)
+
+
+def _fresh(args: Any, theirs: Seen) -> tuple[Any, list[Tensor]]:
+    """The arguments of a call with leaves in place of its inputs; and those."""
+    leaves, spec = tree_flatten(args)
+    xs = [leaves[place.leaf].clone().requires_grad_() for place in theirs.places]
+    for place, x in zip(theirs.places, xs, strict=True):
+        leaves[place.leaf] = x
+    return tree_unflatten(leaves, spec), xs
+
+
+def _expect(theirs: Seen, y: Tensor, xs: list[Tensor]) -> None:
+    assert theirs.delta is not None
+    grads = torch.autograd.grad(y, xs, theirs.delta.to(y.dtype), allow_unused=True)
+    for place, x, grad in zip(theirs.places, xs, grads, strict=True):
+        theirs.expected[place.leaf] = torch.zeros_like(x) if grad is None else grad
+
+
+Where = tuple[int, str]  # position and name of an argument
+
+_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_INPUT_AT: dict[Any, Where] = {**dict.fromkeys(_FUNCTIONS, (0, "input")), torch.addmm: (1, "mat1")}
+_WEIGHT_AT: dict[Any, Where] = {**dict.fromkeys(_FUNCTIONS, (1, "weight")), torch.addmm: (2, "mat2")}
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    return args[position] if position < len(args) else kwargs[name]
+
+
+def _replaced(
+    args: tuple[Any, ...], kwargs: dict[str, Any], where: Where, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with another value at ``where``."""
+    position, name = where
+    new_args, new_kwargs = list(args), dict(kwargs)
+    if position < len(args):
+        new_args[position] = value
+    else:
+        new_kwargs[name] = value
+    return tuple(new_args), new_kwargs

@@ -1,0 +1,125 @@
+"""Whose error is it? Which sample each row of a layer's input belongs to, as plain backprop shows it.
+
+With the error of sample i multiplied by w_i, the gradient of a row that only feeds sample i is multiplied by w_i
+too. So one more backward tells, without a look at any shape, which sample's feedback each row has to get. Rows
+that several samples depend on (batch statistics, a table of positions) show no single factor and prove nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewire.diagnose.graph import Flow
+from rewire.diagnose.watch import Pass, Place, Seen
+
+Errors = Mapping[Seen, list[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What each row of an input was multiplied by; ``clear`` where it was multiplied by one number.
+
+    Attributes:
+        dim: the dimension of the errors that was weighted.
+    """
+
+    dim: int
+    factor: Tensor
+    clear: Tensor
+
+
+class Samples:
+    """The factors of every input in one pass.
+
+    Args:
+        seen: of plain backprop, with its graph.
+        errors: gradients at the output calls.
+    """
+
+    def __init__(self, seen: Pass, flow: Flow, errors: Errors) -> None:
+        self.factors: dict[Place, list[Factors]] = {}
+        ends = [
+            (y, e, output.state.kind.axis(e.dim()))
+            for output in flow.outputs
+            for y, e in zip(output.outputs, errors[output], strict=True)
+            if e is not None
+        ]
+        # (T, N, n) or (N, T, n)? Where samples do not mix, either dimension is as good.
+        dims = [d for d in (0, 1) if any(_has_samples(e, axis, d) for _, e, axis in ends)]
+        if not dims:
+            return
+        places = [place for call in seen for place in call.places]
+        seen.backward([y for y, _, _ in ends], [e for _, e, _ in ends])
+        plain = {place: place.handed for place in places}
+        for dim in dims:
+            seen.backward([y for y, _, _ in ends], [weighted(e, axis, dim) for _, e, axis in ends])
+            for call in seen:
+                for place in call.places:
+                    before, after = plain[place], place.handed
+                    axis = call.state.kind.axis(place.x.dim())
+                    if before is not None and after is not None and axis != 0:
+                        self.factors.setdefault(place, []).append(compare(before, after, axis, dim))
+
+    def disagree(
+        self, place: Place, axis: int, fed: Tensor, fed_weighted: Mapping[int, Tensor], coarse: bool = False
+    ) -> bool:
+        """Whether rows got the feedback of other errors than their own sample's.
+
+        Args:
+            place: in the pass of plain backprop.
+            axis: of the features in the input.
+            fed: what is fed back.
+            fed_weighted: the same with the errors weighted, by dimension.
+            coarse: these went through numbers of two bytes.
+        """
+        verdicts: list[bool] = []
+        for shown in self.factors.get(place, []):
+            if shown.dim not in fed_weighted or not bool(shown.clear.any()):
+                continue
+            got = compare(fed, fed_weighted[shown.dim], axis, shown.dim, coarse)
+            fits = got.clear & ((got.factor - shown.factor).abs() <= (3 if coarse else 1) * _TOLERANCE)
+            rows = shown.clear & _alive(_rows(fed, axis))
+            verdicts.append(bool((rows & ~fits).any()))
+        return bool(verdicts) and all(verdicts)
+
+
+_TOLERANCE = 1e-2  # of a factor; neighbours in a small batch are further apart than that
+_GOLDEN = 0.6180339887498949
+
+
+def weighted(e: Tensor, axis: int, dim: int) -> Tensor:
+    """``e`` with each sample multiplied by a number of its own."""
+    if not _has_samples(e, axis, dim):
+        return e
+    count = torch.arange(e.shape[dim], device=e.device, dtype=torch.float64)
+    factor = (0.5 + (count * _GOLDEN) % 1).to(e.dtype)
+    return e * factor.reshape([-1 if d == dim else 1 for d in range(e.dim())])
+
+
+def compare(before: Tensor, after: Tensor, axis: int, dim: int, coarse: bool = False) -> Factors:
+    """What each row of ``before`` was multiplied by to give ``after``."""
+    a, b = (_rows(t, axis).double() for t in (before, after))
+    size = a.square().sum(1)
+    factor = (a * b).sum(1) / size.clamp_min(1e-300)
+    rest = (b - factor[:, None] * a).square().sum(1).sqrt()
+    precise = 3e-2 if coarse or before.dtype.itemsize <= 2 else 1e-3
+    return Factors(dim, factor, _alive(a) & (rest <= precise * b.square().sum(1).sqrt()))
+
+
+def _rows(t: Tensor, axis: int) -> Tensor:
+    return t.reshape(-1, t.shape[-1]) if axis == -1 else t.flatten(1)
+
+
+def _alive(rows: Tensor) -> Tensor:
+    """Rows that are not zero, or too small to tell."""
+    size = rows.double().square().sum(1)
+    return size > 1e-8 * size.max() if size.numel() else size > 0
+
+
+def _has_samples(e: Tensor, axis: int, dim: int) -> bool:
+    sequence = axis == -1 and e.dim() == 3
+    return (dim == 0 or sequence) and axis != 0 and e.dim() > dim + (axis == -1) and e.shape[dim] > 1

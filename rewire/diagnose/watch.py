@@ -1,0 +1,340 @@
+"""Watching one pass of a model from outside: what each layer was given, and what came back.
+
+Ordinary hooks, and nothing of the library's own machinery: a layer is given a clone of its input, whose gradient
+is then exactly what the layer hands back, and its output is cloned too, so that it has a place of its own on the
+graph. The watched pass can be run backwards again with other gradients put in the place of what was handed back.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from rewire.passes import backward_id
+from rewire.picks import Pick, Unclear, pick_of
+from rewire.preview import call as call_model
+from rewire.swap import states_of
+from rewire.wiring import LayerState
+
+Node = torch.autograd.graph.Node
+Gradients = dict[str, Tensor | None]
+Again = Callable[[Tensor], Callable[[Tensor], Any]]
+"""weight -> (x -> y): a use of a weight by another module, with another weight."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A converted layer. An attention's module may hold several."""
+
+    module: nn.Module
+    state: LayerState
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """All converted layers by qualified name."""
+    return {
+        ".".join(filter(None, (name, state.kind.part))): Layer(module, state)
+        for name, module in model.named_modules()
+        for state in states_of(module)
+    }
+
+
+class Randomness:
+    """The random numbers a pass may draw: PyTorch's on every device, Python's and NumPy's."""
+
+    def __init__(self) -> None:
+        self.cpu = torch.get_rng_state()
+        initialised: Callable[[], bool] = torch.cuda.is_initialized
+        self.cuda = torch.cuda.get_rng_state_all() if initialised() else []
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+
+    def put_back(self) -> None:
+        """Everything draws the same numbers again."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy. Results of earlier passes that a module keeps (an auxiliary loss, say) are copied as values."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        kept = {name: value for name, value in vars(module).items() if name != "_modules"}
+        for value in tree_leaves(kept):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+class Buffers:
+    """The buffers of a model, to be put back before each pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+    def put_back(self) -> None:
+        """Undo what passes did to them in place."""
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                kept = self.kept.get(name)
+                if kept is not None and kept.shape == buffer.shape:
+                    buffer.copy_(kept)
+
+
+@dataclass(eq=False)
+class Place:
+    """One input of one call that gets a gradient.
+
+    Attributes:
+        leaf: which of the call's flattened arguments it is.
+        index: which of those that need a gradient.
+        x: its value.
+        node: its graph node.
+        shared: the same for places whose gradient is one tensor's (``skip="cut"``); else the place itself.
+        handed: what came back in the newest backward.
+        put: what to pass on in place of that; None to leave it.
+    """
+
+    leaf: int
+    index: int
+    x: Tensor
+    node: Node | None
+    shared: object
+    handed: Tensor | None = None
+    put: Tensor | None = None
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        self.handed = None if gradient is None else gradient.detach().clone()  # a node may hand back nothing
+        return self.put
+
+
+@dataclass(eq=False)
+class Seen:
+    """One call of one layer.
+
+    Attributes:
+        name: of the layer.
+        args: (args, kwargs) it was given, detached.
+        places: its inputs that get a gradient.
+        outputs: its outputs that have a gradient, on the graph.
+        deltas: the gradients there in the newest backward.
+        first: number of the first of its inputs, among those that have a feedback of their own.
+        again: for a weight that another module uses directly, how.
+        plain: the weight used is the layer's own, not something made of it.
+        pick: how the rows of its input were picked from the batch, if they were.
+        draw: number of the redraw its rule made, for rules that redraw.
+        expected: what a local rule says is handed back, by argument; empty if it was not computed.
+    """
+
+    name: str
+    state: LayerState
+    args: Any
+    places: list[Place] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    deltas: list[Tensor | None] = field(default_factory=list)
+    first: int = 0
+    again: Again | None = None
+    plain: bool = True
+    pick: Pick | None = None
+    draw: int = 0
+    expected: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def delta(self) -> Tensor | None:
+        """The gradient at its (first) output."""
+        return next((delta for delta in self.deltas if delta is not None), None)
+
+    @property
+    def sources(self) -> list[Node]:
+        """Graph nodes of its inputs."""
+        return [place.node for place in self.places if place.node is not None]
+
+
+class Pass:
+    """One forward of a model, and as many backwards as wanted.
+
+    Args:
+        layers: the layers to watch, by name.
+        cut: those whose inputs are walls (``skip="cut"``): watched without a clone, which would be behind the wall.
+        beside: called as ``beside(call, layer)`` before the layer runs.
+
+    Attributes:
+        calls: by layer name, in the order of the forward.
+        loss: what ``loss_fn`` gave.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        inputs: Any,
+        loss_fn: Callable[[Any], Tensor],
+        cut: Container[str] = (),
+        beside: Callable[[Seen, Layer], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.calls: dict[str, list[Seen]] = {name: [] for name in layers}
+        self._layers = {layer.state: (name, layer) for name, layer in layers.items()}
+        self._running: list[Seen] = []
+        self._at: dict[Node, Seen] = {}
+        self._cut = cut
+        self._beside = beside
+        with self._watched(layers.values()):
+            self.loss = loss_fn(call_model(model, inputs))
+
+    def __iter__(self) -> Iterator[Seen]:
+        return (call for calls in self.calls.values() for call in calls)
+
+    def backward(
+        self, roots: Iterable[Tensor] | None = None, gradients: Iterable[Tensor] | None = None, *, last: bool = False
+    ) -> Gradients:
+        """Run backwards, from the loss or from ``roots``; the parameters' gradients by name."""
+        for call in self:
+            call.deltas = [None] * len(call.outputs)
+            for place in call.places:
+                place.handed = None
+        run: Callable[..., None] = torch.autograd.backward
+        run([self.loss] if roots is None else list(roots), gradients and list(gradients), retain_graph=not last)
+        if last:
+            self._at = {}
+            self.loss = self.loss.detach()
+            for call in self:
+                call.outputs = [y.detach() for y in call.outputs]
+                for place in call.places:
+                    place.node = None
+        return take_gradients(self.model)
+
+    # -- hooks ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(self, layers: Iterable[Layer]) -> Iterator[None]:
+        hooks: list[Any] = []
+        states = [layer.state for layer in layers]
+        for layer in layers:
+            layer.state.observer = (self._before_use, self._after_use)  # for weights that another module uses directly
+            if not layer.state.kind.part:
+                # Last to see the input and first to see the output: whatever the user's own hooks do is outside.
+                before, after = partial(self._before, layer.state), partial(self._after, layer.state, True)
+                hooks.append(layer.module.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.append(layer.module.register_forward_hook(after, with_kwargs=True, prepend=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for state in states:
+                state.observer = None
+
+    def _before_use(
+        self, state: LayerState, module: nn.Module, args: Any, kwargs: Any, again: Again, first: int, plain: bool
+    ) -> Any:
+        def use(call: Seen) -> None:
+            call.again, call.first, call.plain = again, first, plain
+
+        return self._before(state, module, args, kwargs, use)
+
+    def _after_use(self, state: LayerState, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._after(state, False, module, args, kwargs, output)
+
+    def _before(
+        self,
+        state: LayerState,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        use: Callable[[Seen], None] | None = None,
+    ) -> Any:
+        if backward_id() != -1:
+            return args, kwargs  # checkpointing: the same call once more
+        name, layer = self._layers[state]
+        leaves, spec = tree_flatten((args, kwargs))
+        call = Seen(name, state, None)
+        if use is not None:
+            use(call)
+        if leaves and isinstance(leaves[0], Tensor):
+            with suppress(Unclear):
+                call.pick = pick_of(leaves[0], lambda node: self._at[node].pick)
+        kept: list[Any] = list(leaves)
+        walls = name in self._cut
+        for i, x in enumerate(leaves):
+            if not isinstance(x, Tensor):
+                continue
+            kept[i] = x.detach()
+            if not x.requires_grad:
+                continue
+            place = Place(i, len(call.places), kept[i], x.grad_fn, None)
+            place.shared = place
+            if walls and x.grad_fn is not None:
+                # Its whole gradient is what is fed back, to all layers that take it. Hooked after the layer ran, so
+                # behind the wall, which is a hook too.
+                place.shared = (id(x.grad_fn), x.output_nr)
+                call.outputs.append(x)
+            else:
+                # The layer alone uses the clone, so its gradient is what the layer hands back.
+                x = leaves[i] = x.clone()
+                place.x = kept[i] = x.detach()
+                place.node = x.grad_fn
+                _hook(x, place)
+            call.places.append(place)
+        call.args = tree_unflatten(kept, spec)
+        self._running.append(call)
+        if self._beside is not None:
+            self._beside(call, layer)
+        return tree_unflatten(leaves, spec)
+
+    def _after(self, state: LayerState, passed_on: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if backward_id() != -1:
+            return output
+        call = self._running.pop()
+        while call.state is not state:
+            call = self._running.pop()  # calls that an exception ended, which the model caught
+        walled = [place for place in call.places if place.shared is not place]
+        for place, x in zip(walled, call.outputs, strict=True):
+            _hook(x, place)
+        call.outputs = []
+        call.draw = call.state.draws
+        self.calls[call.name].append(call)
+        leaves, spec = tree_flatten(output)
+        for i, y in enumerate(leaves):
+            if isinstance(y, Tensor) and y.requires_grad:
+                if passed_on:
+                    y = leaves[i] = y.clone()
+                call.outputs.append(y)
+                if y.grad_fn is not None:
+                    self._at[y.grad_fn] = call
+                _hook(y, _put(call, len(call.outputs) - 1))
+        call.deltas = [None] * len(call.outputs)
+        return tree_unflatten(leaves, spec)
+
+
+def _put(call: Seen, index: int) -> Callable[[Tensor | None], None]:
+    def hook(gradient: Tensor | None) -> None:
+        call.deltas[index] = None if gradient is None else gradient.detach().clone()
+
+    return hook
+
+
+def _hook(t: Tensor, hook: Callable[[Tensor | None], Tensor | None]) -> None:
+    register: Callable[..., Any] = t.register_hook
+    register(hook)
+
+
+def take_gradients(model: nn.Module) -> Gradients:
+    """The gradients of all parameters by name; the model's own are dropped."""
+    found: Gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found

@@ -1,0 +1,164 @@
+"""Rows taken from the batch by index, as a mixture of experts does with its tokens: whose error is theirs?
+
+No shape tells. But the index is on the autograd graph, between the layer's input and the layers below it, and it is
+looked for there while a layer is new; layers whose input is picked by index look in each call. Such a layer is fed
+back as if it had seen the whole batch, and takes its own rows of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Node = torch.autograd.graph.Node
+# The rows of a call's input, for the node of its output; raises KeyError for other nodes.
+Known = Callable[[Node], "Pick | None"]
+
+
+class Pick:
+    """Rows picked from a larger tensor.
+
+    Attributes:
+        lead: the leading dimensions that were picked from.
+        rows: int64 (k,), positions in them, flattened.
+    """
+
+    def __init__(self, lead: tuple[int, ...], rows: Tensor) -> None:
+        self.lead = lead
+        self.rows = rows
+
+    def whole(self, shape: torch.Size) -> torch.Size:
+        """The shape of what a tensor of ``shape`` was picked from."""
+        return torch.Size((*self.lead, *shape[1:]))
+
+    def __call__(self, whole: Tensor) -> Tensor:
+        """The picked rows of ``whole``."""
+        return whole.flatten(0, len(self.lead) - 1)[self.rows]
+
+    def put(self, picked: Tensor) -> Tensor:
+        """The inverse: ``picked`` at its place among zeros; rows that were picked twice add up."""
+        whole = picked.new_zeros((math.prod(self.lead), *picked.shape[1:]))
+        return whole.index_add(0, self.rows, picked).reshape(self.whole(picked.shape))
+
+    def same(self, other: Pick) -> bool:
+        """Whether both are the same rows."""
+        mine, theirs = math.prod(self.lead), math.prod(other.lead)
+        return mine == theirs and (self.rows is other.rows or torch.equal(self.rows, other.rows))
+
+    def of(self, below: Pick) -> Pick | None:
+        """Rows of rows: these, picked from what ``below`` picked; None if they do not fit together."""
+        fits = math.prod(self.lead) == len(below.rows)
+        return Pick(below.lead, below.rows[self.rows]) if fits else None
+
+
+class Unclear(Exception):
+    """Rows are picked in more than one way."""
+
+
+def pick_of(x: Tensor, known: Known) -> Pick | None:
+    """How the rows of ``x`` were picked from the outputs of the calls below, if they were.
+
+    Raises:
+        Unclear: if they were, in a way that cannot be followed.
+    """
+    found = _below(x.grad_fn, known) if x.grad_fn is not None else None
+    if found is not None and len(found.rows) != x.shape[0]:
+        raise Unclear
+    return found
+
+
+def _below(root: Node, known: Known) -> Pick | None:
+    picks: list[Pick] = []
+    whole = False  # something that reaches here was not picked
+    visited: set[Node] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        try:
+            pick = known(node)
+        except KeyError:
+            pass
+        else:
+            whole |= pick is None
+            picks += [] if pick is None else [pick]
+            continue
+        parents = [parent for parent, _ in node.next_functions]
+        made = _made(node)
+        if made is not None and parents[0] is not None:
+            if _leads_to_call(parents[0], known):
+                below = _below(parents[0], known)
+                both = made if below is None else made.of(below)
+                if both is None:
+                    raise Unclear
+                picks.append(both)
+            continue
+        if node.name().startswith(_PUT):
+            # Rows put in their places: those of what they are put into.
+            whole = True
+            continue
+        stack.extend(parent for parent in parents if parent is not None)
+    if not picks:
+        return None
+    if whole or not all(pick.same(picks[0]) for pick in picks):
+        raise Unclear
+    return picks[0]
+
+
+_PUT = ("IndexAdd", "IndexPut", "IndexCopy", "Scatter", "MaskedScatter", "IndexReduce")
+
+
+def _leads_to_call(root: Node, known: Known) -> bool:
+    """Whether an activation was picked from, and not a table of the model's own."""
+    visited: set[Node] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        try:
+            known(node)
+        except KeyError:
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+        else:
+            return True
+    return False
+
+
+def _made(node: Any) -> Pick | None:
+    """The pick that a node makes, if it reorders or leaves out leading rows."""
+    name = node.name()
+    if name == "IndexSelectBackward0":
+        sizes = node._saved_self_sym_sizes
+        return Pick((sizes[0],), node._saved_index) if node._saved_dim in (0, -len(sizes) % 2**64) else None
+    if name != "IndexBackward0":
+        return None
+    sizes = tuple(int(n) for n in node._saved_self_sym_sizes)
+    indices = list(node._saved_indices)
+    while indices and indices[0] is None and sizes[0] == 1:  # rows[None, index]
+        indices, sizes = indices[1:], sizes[1:]
+    if not indices or indices[0] is None or any(i is None for i in indices):
+        return None
+    if indices[0].dtype in (torch.bool, torch.uint8):
+        indices = [*indices[0].nonzero().unbind(1), *indices[1:]]
+    if len(indices) > 1 and len(indices) == len(sizes):
+        indices = indices[:-1]  # a number of each row
+    lead = sizes[: len(indices)]
+    flat = torch.zeros((), dtype=torch.int64, device=indices[0].device)
+    for size, index in zip(lead, indices, strict=True):
+        flat = flat * size + index % size  # negative ones count from the end
+    rows = flat.flatten()
+    if (
+        len(lead) == 2
+        and len(rows) == lead[0]
+        and torch.equal(rows // lead[1], torch.arange(lead[0], device=rows.device))
+    ):
+        return None  # one position of each sample: the batch is as it was
+    return Pick(lead, rows)
