@@ -223,10 +223,22 @@ class Wiring:
                 # exactly nothing in the first pass; its first small gradient would be no measure either.
                 state.set_scale(typical, "backprop handed back zero; mean scale of the other layers")
             elif state.silent_passes:
+                # Nor would the first gradients through an output layer that starts at zero be one: they are as
+                # small as the first step.
+                state.set_scale(self._initial_scale(state), "backprop handed back zero; 1/sqrt(3 fan_in) of the output")
                 self.warn_once(
                     "zero",
-                    "every gradient of the measuring pass was zero: the next pass is exact backprop once more",
+                    "in the measuring pass backprop handed back nothing but zeros, as it does where the output layer "
+                    "starts at zero. Feedback gets the scale of an output layer as PyTorch would initialise it; give "
+                    "another with scale=...",
                 )
+
+    def _initial_scale(self, state: LayerState) -> float:
+        """Standard deviation of the weight of the output layer above ``state``, by PyTorch's initialisation."""
+        output, _ = next(iter(state.shapes))
+        above = self.layers[output]
+        shape = above.shapes.get((output, 0)) or next(iter(state.shapes.values()))
+        return 1 / math.sqrt(3 * max(math.prod(shape[1:]), 1))
 
 
 # How one shape of e reaches one shape of x, the feedback on the way, and the shape of its dense equivalent.
