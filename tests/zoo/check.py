@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import rewire
-from rewire.diagnose.verify import _copy
+from rewire.diagnose.watch import copy_of
 from rewire.errors import RewireWarning
 from rewire.preview import call
 from rewire.specs import Example, resolve
@@ -35,7 +35,7 @@ def check_example(example: Example, rule: str, feedback: str = "channel") -> dic
         "own_loss": loss_fn is default_loss and _own_loss(model, inputs),
     }
     problems: list[str] = []
-    plain = _copy(model)
+    plain = copy_of(model)
     before = {key: value.clone() for key, value in _tensors(model).items()}
     classes = [type(m) for m in model.modules()]
     attributes = _attributes(model)
@@ -103,7 +103,7 @@ def _seed() -> None:
 
 def _own_loss(model: nn.Module, inputs: Any) -> bool:
     _seed()
-    return getattr(call(_copy(model), inputs), "loss", None) is not None
+    return getattr(call(copy_of(model), inputs), "loss", None) is not None
 
 
 def _gradients(model: nn.Module, inputs: Any, loss_fn: Any) -> dict[str, Tensor]:
