@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from rewire import attention, uses
+from rewire.errors import PassError
 from rewire.passes import backward_id
 from rewire.uses import Owned
 from rewire.wiring import LayerState
@@ -85,9 +86,17 @@ class Host:
 def enter(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of a host."""
     # Without gradients nothing is watched: PyTorch's fast paths stay as they are.
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return
     host: Host = module.__dict__[_ATTRIBUTE]
+    if torch.compiler.is_compiling():
+        if host.used:
+            raise PassError(
+                f"{type(module).__name__} uses the weight of layer {host.used[0][1].label} itself, which a compiled "
+                "graph would hide from the layer's rule: keep that module out with torch.compiler.disable, or the "
+                f"layer on backprop, layers={{{host.used[0][1].name!r}: 'bp'}}"
+            )
+        return
     layers = host.left()
     if not layers:
         remove(module)
@@ -103,6 +112,8 @@ def enter(module: nn.Module, args: Any) -> None:
 
 def leave(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a host; called after an exception too."""
+    if torch.compiler.is_compiling():
+        return
     watch = _active.get()
     if watch is not None and watch.drop(module):
         _active.set(None)

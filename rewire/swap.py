@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewire import hosts
+from rewire import hosts, traced
 from rewire.run import run, steady_direct, steady_local
 from rewire.wiring import LayerState
 
@@ -59,6 +59,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
     if key in _classes:
         return _classes[key]
 
+    traced.register()
     parent: Any = base
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +67,8 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():
+            if traced.prepare(state.wiring.key, state.name) and state.in_graph:
+                return traced.call(state, self, parent.forward, args, kwargs)
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
         if steady and len(args) == 1 and not kwargs:
@@ -106,10 +109,15 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-# Each layer is a graph break: what is left on the autograd graph cannot be traced.
+# For what cannot be part of a compiled graph: each such layer is a graph break.
 _disable: Callable[..., Any] = torch.compiler.disable
-_outside_of_compile: Callable[..., Any] = _disable(run)
-_attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend)
+_why = (
+    "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
+    "the first compiled one: it finds the output layers and measures scales. Not compiled at all: skip='cut', drtp, "
+    "brsf, feedback that is no plain tensor, nn.MultiheadAttention, weights that other modules use"
+)
+_outside_of_compile: Callable[..., Any] = _disable(run, reason=_why)
+_attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)
 
 
 def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:

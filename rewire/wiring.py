@@ -6,12 +6,14 @@ and everything that can be made again (feedback, routes, errors of past passes) 
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Hashable, Mapping
 from enum import Enum
 from threading import get_ident
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,11 @@ from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
 
 _SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
+
+
+# Every conversion alive, by number. Compiled graphs can name a conversion, but not hold one.
+conversions: WeakValueDictionary[int, Wiring] = WeakValueDictionary()
+_keys = itertools.count()
 
 
 class Role(Enum):
@@ -55,6 +62,7 @@ class Wiring:
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
+        key: a number of its own in this process: its name in compiled graphs.
         common: what structures of feedback keep once for all layers.
     """
 
@@ -82,9 +90,18 @@ class Wiring:
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
         self._warned: set[str] = set()
+        self._register()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(_keys)
+        conversions[self.key] = self
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -206,10 +223,22 @@ class Wiring:
                 # exactly nothing in the first pass; its first small gradient would be no measure either.
                 state.set_scale(typical, "backprop handed back zero; mean scale of the other layers")
             elif state.silent_passes:
+                # Nor would the first gradients through an output layer that starts at zero be one: they are as
+                # small as the first step.
+                state.set_scale(self._initial_scale(state), "backprop handed back zero; 1/sqrt(3 fan_in) of the output")
                 self.warn_once(
                     "zero",
-                    "every gradient of the measuring pass was zero: the next pass is exact backprop once more",
+                    "in the measuring pass backprop handed back nothing but zeros, as it does where the output layer "
+                    "starts at zero. Feedback gets the scale of an output layer as PyTorch would initialise it; give "
+                    "another with scale=...",
                 )
+
+    def _initial_scale(self, state: LayerState) -> float:
+        """Standard deviation of the weight of the output layer above ``state``, by PyTorch's initialisation."""
+        output, _ = next(iter(state.shapes))
+        above = self.layers[output]
+        shape = above.shapes.get((output, 0)) or next(iter(state.shapes.values()))
+        return 1 / math.sqrt(3 * max(math.prod(shape[1:]), 1))
 
 
 # How one shape of e reaches one shape of x, the feedback on the way, and the shape of its dense equivalent.
@@ -271,6 +300,12 @@ class LayerState:
         self.settled = False
         self.steady = ""
         self.mirror: Tensor | None = None
+        self.written = ""
+        self.joins_traced = False
+        self.traceable = False
+        self.in_graph = False
+        self.fixed: tuple[Tensor, ...] = ()
+        self.fixed_outputs: tuple[str, ...] = ()
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
         self._made: dict[tuple[Any, ...], Tensor | Feedback] = {}
@@ -280,6 +315,7 @@ class LayerState:
         self.layout: str | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.structures: dict[tuple[str, int], Structure] = {}
+        self.kept_as: dict[tuple[str, int], tuple[torch.dtype, torch.device]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
@@ -290,6 +326,7 @@ class LayerState:
             "_made": {},
             "_last": None,
             "mirror": None,
+            "fixed": (),
             "local": None,
             "observer": None,
             "busy": set(),
@@ -336,6 +373,51 @@ class LayerState:
             plain = isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges
             self.steady = "local" if plain and not self.watched else ""
         self.mirror = None
+        self.written = repr(self.rule)
+        self.traceable = self._traceable()
+
+    def _traceable(self) -> bool:
+        """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
+        rule = self.rule
+        if not self.wiring.looked or self.watched:
+            return False
+        if isinstance(rule, LocalRule):
+            return self.kind.exchanges and not rule.redraw and self.std is not None
+        if isinstance(rule, DirectRule):
+            known = self.settled or (self.role is not Role.UNKNOWN and not self.shapes)  # nothing to hand back to
+            return known and self.wiring.skip == "keep" and not rule.needs_targets
+        return True
+
+    def prepare(self) -> None:
+        """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
+        self.refresh()
+        others = [state for state in self.wiring.layers.values() if state.ran and isinstance(state.rule, DirectRule)]
+        # The layers of a pass find each other on one graph: all of them are part of it, or none.
+        self.in_graph = self.traceable and all(state.traceable and state._plain() for state in others)
+        self.joins_traced = self.role is Role.OUTPUT and any(
+            isinstance(state.rule, DirectRule) for state in self.wiring.layers.values()
+        )
+        self.fixed = ()
+        rule = self.rule
+        if isinstance(rule, DirectRule) and not rule.silent:
+            made = {place: self._made_for(*place, shape) for place, shape in self.shapes.items()}
+            self.fixed_outputs = tuple(dict.fromkeys(output for output, _ in made))
+            places = [(output, index) for index in sorted({i for _, i in made}) for output in self.fixed_outputs]
+            self.fixed = tuple(B for place in places if isinstance(B := made.get(place), Tensor))
+            self.in_graph = self.in_graph and len(self.fixed) == len(places)
+        elif isinstance(rule, LocalRule) and rule.random and self._random:
+            self.fixed = (next(iter(self._random.values())),)
+
+    def _plain(self) -> bool:
+        """Whether all its direct feedback is plain tensors."""
+        return all(isinstance(self._made_for(*place, shape), Tensor) for place, shape in self.shapes.items())
+
+    def _made_for(self, output: str, index: int, shape: tuple[int, ...]) -> Tensor | Feedback:
+        """B for one input and output layer, as the last pass needed it."""
+        key = (self.structures[output, index], output, index, shape, *self.kept_as[output, index])
+        if key not in self._made:
+            self._made[key] = self.direct_feedback(*key)
+        return self._made[key]
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
@@ -490,6 +572,7 @@ class LayerState:
         route, feedback, needed = found
         self.shapes[error.state.name, index] = needed
         self.structures[error.state.name, index] = structure
+        self.kept_as[error.state.name, index] = dtype, device
         return route, feedback
 
     def forget_routes(self) -> None:
@@ -647,7 +730,7 @@ def weight_scale(weight: Tensor) -> tuple[float, str]:
         std = float(weight.detach().double().std())
         if math.isfinite(std) and std > 0:
             return std, ""
-    fan_in = max(weight[0].numel(), 1) if weight.dim() > 1 else 1
+    fan_in = max(math.prod(weight.shape[1:]), 1)
     return 1 / math.sqrt(3 * fan_in), "the weight is constant; 1/sqrt(3 fan_in) instead"
 
 

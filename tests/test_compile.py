@@ -1,0 +1,284 @@
+"""Compiled, a converted model is one graph and trains with the gradients it has in eager mode.
+
+Most tests use the ``aot_eager`` backend, which traces forward and backward as Inductor's users have them but leaves
+code generation out.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+import rewire
+from rewire.errors import PassError
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Mixed(nn.Module):
+    """Convolutions (strided, grouped), batch norm, a skip connection, an in-place activation, a layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.grouped = nn.Conv2d(4, 6, 3, groups=2)
+        self.wide = nn.Linear(24, 12)
+        self.twice = nn.Linear(12, 12, bias=False)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        h = F.relu(self.norm(self.conv(x)))
+        h = F.relu(self.grouped(h), inplace=True)
+        h = torch.tanh(self.wide(h.flatten(1)))
+        h = h + torch.tanh(self.twice(torch.tanh(self.twice(h))))
+        return self.head(h)
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, t):
+        h = self.embed(t)
+        q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v))
+        return self.head(h)
+
+
+def images(n):
+    g = torch.Generator().manual_seed(n)
+    return torch.randn(n, 1, 8, 8, generator=g), torch.randint(0, 3, (n,), generator=g)
+
+
+def tokens(n):
+    g = torch.Generator().manual_seed(n)
+    return torch.randint(0, 11, (n, 5), generator=g), torch.randint(0, 11, (n, 5), generator=g)
+
+
+def step(model, data, zero=True):
+    x, y = data
+    if zero:
+        model.zero_grad()
+    out = model(x)
+    F.cross_entropy(out.flatten(0, -2), y.flatten()).backward()
+    return out
+
+
+def pair(net, data, rule, **options):
+    """A converted model that has seen an ordinary pass, and its twin."""
+    torch.manual_seed(0)
+    model = rewire.convert(net(), rule, **options)
+    step(model, data(6))
+    return model, copy.deepcopy(model)
+
+
+def same(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+            assert bool(q.grad.any()) or not bool(p.grad.any()), name
+
+
+RULES = ["bp", "fa", "usf", "frsf", "dfa", "sdfa", "shallow"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("net, data", [(Mixed, images), (Tokens, tokens)], ids=["convolutions", "tokens"])
+def test_one_graph_same_gradients(net, data, rule):
+    model, twin = pair(net, data, rule)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for n in (6, 6, 4, 3, 7):  # the last batch of an epoch is smaller
+        out, plain = step(compiled, data(n)), step(twin, data(n))
+        torch.testing.assert_close(out, plain)
+        same(twin, model)
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]  # fixed, then dynamic
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_with_inductor(rule):
+    model, twin = pair(Mixed, images, rule)
+    compiled = torch.compile(model, fullgraph=True)
+    for n in (6, 4):
+        step(compiled, images(n)), step(twin, images(n))
+        same(twin, model)
+
+
+def test_training_stays_together():
+    model, twin = pair(Mixed, images, "dfa")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin)]
+    for n in range(3, 9):
+        for m, optimizer in zip((compiled, twin), optimizers, strict=True):
+            step(m, images(n))
+            optimizer.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_pass_runs_outside_and_is_backprop():
+    torch.manual_seed(0)
+    plain = Mixed()
+    model = rewire.convert(copy.deepcopy(plain), "dfa")
+    compiled = torch.compile(model, backend="aot_eager")
+    step(compiled, images(6)), step(plain, images(6))
+    same(plain, model)
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        step(compiled, images(6)), step(twin, images(6))
+        same(twin, model)
+
+
+def test_fullgraph_before_the_first_pass_says_what_to_do():
+    model = rewire.convert(Mixed(), "dfa")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="run one ordinary training step"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(images(6)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": "dfa", "skip": "cut"}, {"rule": "dfa", "feedback": "seeded"}, {"rule": "brsf"}, {"rule": "drtp"}],
+)
+def test_what_cannot_be_compiled_runs_outside(options):
+    model, twin = pair(Mixed, images, **options)
+    compiled = torch.compile(model, backend="aot_eager")
+    for n in (6, 4):
+        step(compiled, images(n)), step(twin, images(n))
+        same(twin, model)
+
+
+def test_several_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.aux = nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            return self.c(torch.tanh(self.b(h))) + 0, self.aux(h)
+
+    def loss(m, n=6):
+        m.zero_grad()
+        x = torch.randn(n, 4, generator=torch.Generator().manual_seed(n))
+        y, z = m(x)
+        (y.square().sum() + z.sigmoid().sum()).backward()
+
+    torch.manual_seed(0)
+    model = rewire.convert(Two(), "dfa")
+    loss(model)
+    loss(model)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for n in (6, 4):
+        loss(compiled, n), loss(twin, n)
+        same(twin, model)
+
+
+def test_another_rule_for_a_while():
+    model, twin = pair(Mixed, images, "dfa")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    step(compiled, images(6))
+    for m, other in ((compiled, model), (twin, twin)):
+        with rewire.use_rule(other, "bp"):
+            step(m, images(6))
+    same(twin, model)
+    step(compiled, images(6)), step(twin, images(6))
+    same(twin, model)
+
+
+def test_two_conversions_of_one_architecture_do_not_mix():
+    model, twin = pair(Mixed, images, "dfa")
+    other, other_twin = pair(Mixed, images, "dfa", seed=1)
+    for m, t in ((model, twin), (other, other_twin)):
+        step(torch.compile(m, fullgraph=True, backend="aot_eager"), images(6)), step(t, images(6))
+        same(t, m)
+    assert not torch.equal(model.wide.weight.grad, other.wide.weight.grad)
+
+
+def test_accumulation_and_two_backwards():
+    model, twin = pair(Mixed, images, "dfa")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for m in (compiled, twin):
+        m.zero_grad()
+        a, b = (F.cross_entropy(m(images(n)[0]), images(n)[1]) for n in (6, 6))
+        (a + b).backward()
+        step(m, images(6), zero=False)
+    same(twin, model)
+
+
+def test_evaluation_without_gradients():
+    model, twin = pair(Mixed, images, "dfa")
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images(6)[0]), twin.eval()(images(6)[0]))
+
+
+def test_autocast():
+    model, twin = pair(Tokens, tokens, "dfa")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for m in (compiled, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            step(m, tokens(6))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.05, atol=0.01)
+
+
+def test_a_graph_break_between_layer_and_output_is_no_silence():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.b(torch.tanh(self.a(x))))
+            torch._dynamo.graph_break()
+            return self.c(h)
+
+    torch.manual_seed(0)
+    model = rewire.convert(Broken(), "dfa")
+    x = torch.randn(5, 4)
+    for _ in range(2):
+        model(x).square().sum().backward()
+    with pytest.raises(Exception) as caught:
+        torch.compile(model, backend="aot_eager")(x).square().sum().backward()
+    assert "graph break" in str(caught.value) or isinstance(caught.value, PassError)
+
+
+def test_use_of_a_weight_by_another_module_is_under_its_rule():
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.used, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.c(torch.tanh(F.linear(torch.tanh(self.a(x)), self.used.weight)))
+
+    torch.manual_seed(0)
+    model = rewire.convert(Uses(), "dfa")
+    x = torch.randn(5, 4)
+    for _ in range(2):
+        model(x).square().sum().backward()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")  # leaves that module out
+    for m in (compiled, twin):
+        m.zero_grad()
+        m(x).square().sum().backward()
+    same(twin, model)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"'used'|cannot be part of a compiled graph"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(x)
