@@ -41,7 +41,8 @@ def convert(
 
     Args:
         model: any module. Its Linear, Conv and ConvTranspose layers (1d to 3d), subclasses of them, and
-            transformers' ``Conv1D``, and the projections of ``nn.MultiheadAttention`` are converted; everything else keeps its true derivative.
+            transformers' ``Conv1D``, and the projections of ``nn.MultiheadAttention`` are converted; everything else
+            keeps its true derivative.
         rule: a name (see :func:`rewire.rules`) or a rule.
         output: qualified name of the output layer (or names, if the loss sees several). None: found in the
             first training pass. A given name is checked there.

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -29,6 +30,7 @@ from rewire.wiring import LayerState
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ATTRIBUTE = "_rewire_host"
+_LOOK_UPS = frozenset({F.embedding, F.embedding_bag, torch.embedding})
 _KEY = "rewire"
 _PATIENCE = 8  # calls of a host, after the first pass, in which it waits for children that have not run yet
 
@@ -266,8 +268,8 @@ class Watch(TorchFunctionMode):
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Follow a weight through what a module makes of it, and say where it is lost from sight."""
-        if not isinstance(result, Tensor) or not result.requires_grad or result.dim() == 0:
-            return  # a shape, a copy without gradient, a penalty on the weight
+        if func in _LOOK_UPS or not isinstance(result, Tensor) or not result.requires_grad or result.dim() == 0:
+            return  # rows looked up in a tied embedding, a shape, a copy without gradient, a penalty on the weight
         numbers = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.is_floating_point()]
         for t in numbers:
             owned = self.owner(t)
