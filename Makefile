@@ -16,7 +16,7 @@ DEV := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench fashion clean
+.PHONY: help demo test test-slow lint format bench zoo fashion clean
 
 help:
 	@echo "make demo       set up, then compare rules on real handwritten digits (about a minute and a half)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy --strict;  make format  rewrites the files as ruff wants them"
 	@echo "make bench      step-time benchmarks"
+	@echo "make zoo        every model of torchvision, timm and transformers' list under fa and dfa; goes on where it stopped"
 	@echo "make fashion    LeNet on Fashion-MNIST: bp, fa and dfa under SGD and Adam"
 	@echo "make clean      remove the environment and all caches (runs/ stays)"
 
@@ -59,6 +60,10 @@ format: $(DEV)
 
 bench: $(BASE)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+# ZOO="'hf:*bert*' --again": only some, what failed too.
+zoo: $(DEV)
+	$(BIN)/python -m tests.zoo $(ZOO)
 
 # The settings under which backprop reaches about 12.5 % error on this network and data.
 FASHION := ablate --data fashion-mnist --data-dir "$(FASHION_DIR)" --model lenet --rules "bp fa dfa" \

@@ -5,6 +5,7 @@ from rewire.convert import convert, feedback, output_error, restore, scales, use
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
 from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
+from rewire.stream import backward_streamed
 from rewire.summary import summary
 from rewire.targets import targets
 
@@ -19,6 +20,7 @@ __all__ = [
     "RewireWarning",
     "RoutingError",
     "Rule",
+    "backward_streamed",
     "convert",
     "feedback",
     "functional",

@@ -149,7 +149,7 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
                 continue
             scale = state.local_scale(weight)
             draw = state.draws if rule.redraw else 0
-            random = state.random(weight.shape, weight.dtype, weight.device, draw) if rule.random else None
+            random = state.random(rule, weight.shape, weight.dtype, weight.device, draw) if rule.random else None
             found[state.name] = rule.backward_weight(weight, random, scale).detach()
         elif isinstance(rule, DirectRule) and not rule.silent:
             several = len({output for output, _ in state.shapes}) > 1

@@ -138,6 +138,9 @@ class Probe(Function):
 class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
+    A ticket x Bᵀ, which :func:`rewire.run.steady_direct` makes where n is small, gets the rule's signal of e as its
+    gradient, and PyTorch's own product hands e B on to x. Such tickets come last, ``mirrored`` holds their rules.
+
     Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
     layer under a direct rule).
     """
@@ -149,22 +152,27 @@ class Join(Function):
         state: LayerState,
         error: OutputError | None,
         nested: bool,
+        mirrored: list[DirectRule],
         *tickets: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.error, ctx.nested, ctx.tickets = state, error, nested, len(tickets)
+        ctx.state, ctx.error, ctx.nested, ctx.mirrored = state, error, nested, mirrored
+        ctx.tickets = len(tickets) - len(mirrored)
         # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
         # place is allowed or refused exactly as for y itself.
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.error is not None and gradient is not None:
+        error: OutputError | None = ctx.error
+        mirrored: list[Tensor | None] = [None] * len(ctx.mirrored)
+        if error is not None and gradient is not None:
             if ctx.nested:
                 raise PassError(reentrant_message(ctx.state.label))
-            ctx.state.wiring.error_reached(ctx.state, ctx.error, gradient)
-        tickets: int = ctx.tickets
-        return (gradient, None, None, None) + (None,) * tickets
+            if ctx.state.wiring.error_reached(ctx.state, error, gradient):
+                mirrored = [error.signal(rule) for rule in ctx.mirrored]
+                error.let_go()
+        return (gradient, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
 
 
 class Project(Function):

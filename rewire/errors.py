@@ -22,6 +22,10 @@ class PassError(RewireError, RuntimeError):
     """Something about a forward or backward pass keeps a rule from being applied."""
 
 
+class InputError(RewireError, ValueError):
+    """Something asked for on the command line or by name does not exist or cannot be."""
+
+
 class RewireWarning(UserWarning):
     """Said once by name: something keeps backprop, or did not run, or could not be measured."""
 

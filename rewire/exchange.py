@@ -144,5 +144,7 @@ class Exchange:
 def _put(saved: Any, backward: BackwardWeight, turned: bool, note: bool = False) -> None:
     hooks = backward.exchange
     if hooks is None or hooks.turned != turned or hooks.note != note:
-        hooks = backward.exchange = Exchange(backward, turned, note)
+        hooks = Exchange(backward, turned, note)
+        if backward.lasting:
+            backward.exchange = hooks
     saved.register_hooks(hooks.pack, hooks.unpack)

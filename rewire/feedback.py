@@ -20,6 +20,7 @@ Every distribution has mean 0 and standard deviation 1; a scale is applied after
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,35 @@ def standard(shape: Sequence[int], *, seed: int, name: str, distribution: str = 
 def standard_normal(shape: Sequence[int], *, seed: int, name: str, draw: int = 0) -> Tensor:
     """:func:`standard` numbers of the normal distribution."""
     return standard(shape, seed=seed, name=name, draw=draw)
+
+
+# Quantiles of the normal distribution in the middle of 2^16 equal steps of probability.
+_LEVELS = 1 << 16
+
+
+@functools.cache
+def _quantiles() -> Tensor:
+    with torch.inference_mode(False):
+        steps = (torch.arange(_LEVELS, dtype=torch.float64) + 0.5) / _LEVELS
+        quantiles: Tensor = torch.special.ndtri(steps)
+        return quantiles.float()
+
+
+def quick_normal(
+    shape: Sequence[int], *, seed: int, name: str, draw: int, scale: float, magnitude: bool = False
+) -> Tensor:
+    """N(0, scale²) numbers (their magnitudes, if ``magnitude``) for what is drawn anew in every pass, float32, CPU.
+
+    Looked up among 65,536 quantiles by 16 random bits each, at a fifth of :func:`standard_normal`'s time. The largest
+    is 4.3 standard deviations from zero.
+    """
+    total = math.prod(shape)
+    key = stream_key(seed, name, shape, "quick normal", draw, 0)
+    bits = np.random.SFC64(key).random_raw(-(-total // 4)).view(np.int16)
+    with torch.inference_mode(False):
+        table = _quantiles() * scale
+        index = torch.from_numpy(bits)[:total].to(torch.int32).bitwise_and_(_LEVELS - 1)
+        return torch.index_select(table.abs_() if magnitude else table, 0, index).reshape(tuple(shape))
 
 
 def tensor(numbers: npt.NDArray[np.generic]) -> Tensor:

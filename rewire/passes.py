@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rewire.wiring import LayerState
 
 Node = torch.autograd.graph.Node
+_ALWAYS = -3  # in place of the number of a backward pass
 CALL = "rewire.call"  # where a call lies in the metadata of its output's graph node
 
 
@@ -90,7 +91,11 @@ class OutputError:
 
     def here(self) -> bool:
         """Whether e arrived in the backward pass under way."""
-        return self._arrived == backward_id()
+        return self._arrived == backward_id() or self._arrived == _ALWAYS
+
+    def stand(self) -> None:
+        """An e that arrived counts in all later backward passes too (a streamed pass has many)."""
+        self._arrived = _ALWAYS
 
     def signal(self, rule: DirectRule) -> Tensor:
         """What ``rule`` makes of e, computed once per pass for all layers."""
@@ -99,13 +104,17 @@ class OutputError:
             self._signals[rule] = rule.signal(self.error, self.targets, self.axis)
         return self._signals[rule]
 
-    def used(self) -> None:
-        """One port is done with e. After the last one e is let go: a loss kept around keeps no e alive."""
-        self._pending -= 1
+    def let_go(self) -> None:
+        """Forget e if no port will ask for it."""
         if self._pending <= 0:
             self.error = None
             self._signals = {}
             self.shared = {}
+
+    def used(self) -> None:
+        """One port is done with e. After the last one e is let go: a loss kept around keeps no e alive."""
+        self._pending -= 1
+        self.let_go()
 
 
 class Call:
@@ -121,9 +130,10 @@ class Call:
         feeders: for a layer with errors of its own: all calls upstream of it, so that no walk is done twice.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
+        mirrored: (x, rule), if the ticket is x Bᵀ.
     """
 
-    __slots__ = ("errors", "feeders", "index", "inputs", "own", "ports", "sources", "state", "tickets")
+    __slots__ = ("errors", "feeders", "index", "inputs", "mirrored", "own", "ports", "sources", "state", "tickets")
 
     def __init__(
         self,
@@ -142,6 +152,7 @@ class Call:
         self.feeders: list[Call] = []
         self.inputs: list[Tensor] = []
         self.index = 0
+        self.mirrored: tuple[Tensor, DirectRule] | None = None
 
 
 def metadata(node: Node) -> dict[Any, Any]:

@@ -1,33 +1,74 @@
 """One call of one converted layer: where x is cut, and what is left on the graph.
 
 Under ``bp`` the operation runs as it is, under a local rule with another backward weight, and under a direct rule in
-:func:`_direct`, cut off from its input. All end in :func:`_finish`, which joins the output to the pass if the
+:func:`_direct`, cut off from its input. All end in :func:`finish`, which joins the output to the pass if the
 layer is, or may be, an output layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
 from rewire.errors import PassError
+from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, leave, upstream
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.targets import current_targets
-from rewire.wiring import LayerState, Role
+from rewire.wiring import LayerState, Role, Wiring
 
 Forward = Callable[..., Any]
 # Looked up once: these run in every call of every layer.
 _backward_id: Callable[[], int] = torch._C._current_graph_task_id
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+class Stream(Protocol):
+    """A forward that takes the calls of direct rules into its own hands (:mod:`rewire.stream`).
+
+    Attributes:
+        wiring: the conversion it is about.
+        joins: output layers are to be joined to the pass.
+    """
+
+    wiring: Wiring
+    joins: bool
+
+    def direct(
+        self,
+        state: LayerState,
+        rule: DirectRule,
+        module: nn.Module,
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        index: int,
+    ) -> Any:
+        """In place of :func:`_direct`."""
+
+    def joined(self, error: OutputError, y: Tensor) -> None:
+        """An output layer was joined to the pass; ``y`` is its output."""
+
+
+# Read only where skip connections are cut (a streamed pass cuts), and at output layers.
+streaming: ContextVar[Stream | None] = ContextVar("rewire_streaming", default=None)
+
+
+def _stream(state: LayerState) -> Stream | None:
+    """The streamed forward that this call is a part of; a recomputation in a backward is none."""
+    stream = streaming.get()
+    return stream if stream is not None and stream.wiring is state.wiring and backward_id() == -1 else None
 
 
 def run(
@@ -74,6 +115,8 @@ def _run(
     if isinstance(rule, DirectRule):
         if _transforming():
             return _transformed(state, rule, module, forward, args, kwargs, index)
+        if state.wiring.skip == "cut" and (stream := _stream(state)) is not None:
+            return stream.direct(state, rule, module, forward, args, kwargs, index)
         return _direct(state, rule, module, forward, args, kwargs, index)
     if isinstance(rule, LocalRule):
         output = kind.run(module, forward, args, kwargs, _backward(state, rule))
@@ -83,10 +126,10 @@ def _run(
         return output
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
-    return _finish(state, output, _sources(args, kwargs), [], [], 0)
+    return finish(state, output, _sources(args, kwargs), [], [], 0)
 
 
-def steady(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
     """:func:`run` for nearly every call there is: a settled hidden layer under a direct rule, with one input.
 
     Written out in one place because every Python function more is felt in small layers, and more so when the
@@ -96,15 +139,44 @@ def steady(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) ->
         return run(state, module, forward, (x,), {})
     node = x.grad_fn
     errors: list[OutputError] = []
-    ticket = port(x, (state, state.rule, errors, 0, None))
+    B = state.mirror
+    if B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast():
+        # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours.
+        ticket = linear(x, B)
+        call = Call(state, [] if node is None else [node], [ticket], errors)
+        call.mirrored = (x, state.rule)  # type: ignore[assignment]
+    else:
+        ticket = port(x, (state, state.rule, errors, 0, None))
+        call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     y = forward(module, x.detach())
-    call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
         return _mark(state, call, y, joins=False) if isinstance(y, Tensor) else _mark_all(state, call, y, joins=False)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
     made.register_prehook(partial(check, call, _backward_id() != -1))  # type: ignore[union-attr]
     return y
+
+
+def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for a hidden layer under a local rule whose operation's weight can be exchanged."""
+    if state.wiring.unsettled or not exchangeable():
+        return run(state, module, forward, (x,), {})
+    y = forward(module, x)
+    if not x.requires_grad:
+        return y
+    rule = state.rule
+    backward = state.local
+    if type(backward) is not _Backward or backward.rule is not rule or rule.redraw:
+        backward = _backward(state, rule)  # type: ignore[arg-type]
+    node = y.grad_fn
+    for place in ("_raw_saved_mat2", "_raw_saved_weight"):  # nearly always: the operation is one node
+        saved = getattr(node, place, None)
+        if saved is not None and backward.exchange is not None:
+            saved.register_hooks(backward.exchange.pack, backward.exchange.unpack)
+            return y
+    if exchange(y, backward, transposed=state.kind.transposed):
+        return y
+    return run(state, module, forward, (x,), {})
 
 
 class _Backward(BackwardWeight):
@@ -114,6 +186,7 @@ class _Backward(BackwardWeight):
         self.state = state
         self.rule = rule
         self.keep = rule.uses_weight
+        self.lasting = not rule.redraw
         self.draw = draw
         self.scale = 0.0
         self.fixed: Tensor | None = None
@@ -125,7 +198,7 @@ class _Backward(BackwardWeight):
         elif self.rule.random:
             fixed = self.fixed
             if fixed is None or (fixed.shape, fixed.dtype, fixed.device) != (weight.shape, weight.dtype, weight.device):
-                self.fixed = self.state.random(weight.shape, weight.dtype, weight.device)
+                self.fixed = self.state.random(self.rule, weight.shape, weight.dtype, weight.device)
         return self.fixed
 
     def note(self, weight: Tensor) -> None:
@@ -134,7 +207,7 @@ class _Backward(BackwardWeight):
 
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
         if self.rule.redraw:
-            random = self.state.random(*self.like, self.draw)
+            random = self.state.random(self.rule, *self.like, self.draw)
         return self.rule.backward_weight(weight, random, self.scale)
 
 
@@ -163,14 +236,14 @@ def _direct(
     errors: list[OutputError] = []
     if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):  # nearly every layer
         if not x.requires_grad:
-            return _finish(state, forward(module, x), [], [], errors, 0)
+            return finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
         feed = (state, rule, errors, index, _wall(state, rule, x))
         sources = [] if node is None else [node]
         if state.settled:
             ticket = port(x, feed)
-            return _finish(state, forward(module, x.detach()), sources, [ticket], errors, 1)
-        return _finish(state, forward(module, probe(x, feed)), sources, [], errors, 1)
+            return finish(state, forward(module, x.detach()), sources, [ticket], errors, 1)
+        return finish(state, forward(module, probe(x, feed)), sources, [], errors, 1)
 
     leaves, spec = tree_flatten((args, kwargs))
     tickets: list[Tensor] = []
@@ -188,7 +261,7 @@ def _direct(
                 leaves[i] = probe(x, feed)
             ports += 1
     args, kwargs = tree_unflatten(leaves, spec)
-    return _finish(state, forward(module, *args, **kwargs), sources, tickets, errors, ports)
+    return finish(state, forward(module, *args, **kwargs), sources, tickets, errors, ports)
 
 
 def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:
@@ -196,7 +269,7 @@ def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:
     return wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
 
 
-def _finish(
+def finish(
     state: LayerState,
     output: Any,
     sources: list[Node],
@@ -223,7 +296,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     if joins:
         y = _join(state, call, y)
     elif call.tickets and not y.requires_grad:
-        y = join(y, state, None, False, *call.tickets)  # frozen: keeps the graph in one piece
+        y = join(y, state, None, False, [], *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
         # An in-place operation on a view would replace its graph node, and the call left there with it.
         y = alias(y)
@@ -238,23 +311,40 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
 
 def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
+    stream = _stream(state)
+    if stream is not None and not stream.joins:
+        return alias(y) if y._is_view() else y  # as what joins return: no view
     wiring = state.wiring
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
+    mirrored: list[Tensor] = []
+    rules: list[DirectRule] = []
     for feeder in [call, *feeders]:
         feeder.errors.append(error)
+        if feeder.mirrored is not None:
+            (x, rule), ticket = feeder.mirrored, feeder.tickets[0]
+            if state.role is Role.OUTPUT and ticket.shape == y.shape and ticket.dtype is y.dtype:
+                mirrored.append(ticket)
+                rules.append(rule)
+            else:  # not the output the ticket was made for, or not with an error for each row of x
+                tickets.append(port(x, (feeder.state, rule, [error], 0, None)))
+                error.ports += 1
+            continue
         tickets.extend(feeder.tickets)
         error.ports += feeder.ports
         for lower in feeder.own:
             lower.above.append(error)
-    if not y.requires_grad and not tickets:
+    if not y.requires_grad and not tickets and not mirrored:
         return y
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    return join(y, state, error, nested, *tickets)
+    joined = join(y, state, error, nested, rules, *tickets, *mirrored)
+    if stream is not None:
+        stream.joined(error, joined)
+    return joined
 
 
 def _sources(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:

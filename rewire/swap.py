@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rewire import hosts
-from rewire.run import run, steady
+from rewire import hosts, traced
+from rewire.run import run, steady_direct, steady_local
 from rewire.wiring import LayerState
 
 # Looked up once: these run in every call of every layer.
@@ -59,6 +59,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
     if key in _classes:
         return _classes[key]
 
+    traced.register()
     parent: Any = base
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -66,9 +67,12 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():
+            if traced.prepare(state.wiring.key, state.name) and state.traceable:
+                return traced.call(state, self, parent.forward, args, kwargs)
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
-        if state.steady and len(args) == 1 and not kwargs:
-            return steady(state, self, parent.forward, args[0])
+        steady = state.steady
+        if steady and len(args) == 1 and not kwargs:
+            return (steady_direct if steady == "direct" else steady_local)(state, self, parent.forward, args[0])
         return run(state, self, parent.forward, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:

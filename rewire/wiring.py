@@ -6,12 +6,14 @@ and everything that can be made again (feedback, routes, errors of past passes) 
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Hashable, Mapping
 from enum import Enum
 from threading import get_ident
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -19,13 +21,20 @@ from torch import Tensor, nn
 
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
-from rewire.feedback import standard_normal
+from rewire.feedback import quick_normal, standard_normal
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
 from rewire.routing import Reading, Route, route_to
 from rewire.rules.base import DirectRule, LocalRule, Rule
 from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
+
+_SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
+
+
+# Every conversion alive, by number. Compiled graphs can name a conversion, but not hold one.
+conversions: WeakValueDictionary[int, Wiring] = WeakValueDictionary()
+_keys = itertools.count()
 
 
 class Role(Enum):
@@ -51,6 +60,7 @@ class Wiring:
         unsettled: a pass has shown something that the next forward has to take in.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         readings: orders of sequence and batch dimension that passes have shown.
+        key: a number of its own in this process: its name in compiled graphs.
         common: what structures of feedback keep once for all layers.
     """
 
@@ -76,9 +86,18 @@ class Wiring:
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
         self._warned: set[str] = set()
+        self._register()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "errors": {}, "common": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(_keys)
+        conversions[self.key] = self
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -90,8 +109,8 @@ class Wiring:
             self._warned.add(key)
             warnings.warn(message, RewireWarning, stacklevel=2)
 
-    def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> None:
-        """The gradient at the output of ``state`` is here: the output error, or a hidden layer's own.
+    def error_reached(self, state: LayerState, error: OutputError, gradient: Tensor) -> bool:
+        """The gradient at the output of ``state`` is here. Whether it is the output error, not a hidden layer's own.
 
         Called in the backward of the layer's join, before any port upstream of it runs.
         """
@@ -103,13 +122,14 @@ class Wiring:
             if state.name not in self.outputs:
                 self.outputs.append(state.name)
         if state.role is Role.OUTPUT:
-            return
+            return is_output
         # Roles are votes of passes: a side loss alone may come first and look like the output.
         if is_output != error.voted:
             state.votes += 1 if is_output else -1
             error.voted = is_output
         state.seen = True
         self.unsettled = True
+        return is_output
 
     def _check_asked(self, state: LayerState, is_output: bool) -> None:
         assert self.asked is not None
@@ -210,7 +230,8 @@ class LayerState:
         observer: called before and after each such use, as forward hooks are around a forward.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
-        steady: settled, hidden, under a direct rule, with nothing special: the short way through a call.
+        steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
+        mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
         ports: number of inputs that get feedback (one, except for blocks).
     """
 
@@ -240,7 +261,13 @@ class LayerState:
         self.local: object = None
         self.used: Tensor | None = None
         self.settled = False
-        self.steady = False
+        self.steady = ""
+        self.mirror: Tensor | None = None
+        self.written = ""
+        self.joins_traced = False
+        self.traceable = False
+        self.fixed: tuple[Tensor, ...] = ()
+        self.fixed_outputs: tuple[str, ...] = ()
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
         self._made: dict[tuple[Any, ...], Tensor | Feedback] = {}
@@ -259,6 +286,8 @@ class LayerState:
             "_routes": {},
             "_made": {},
             "_last": None,
+            "mirror": None,
+            "fixed": (),
             "local": None,
             "observer": None,
             "busy": set(),
@@ -296,8 +325,44 @@ class LayerState:
         direct = isinstance(self.rule, DirectRule)
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
-        hidden = self.settled and direct and self.role is Role.HIDDEN
-        self.steady = hidden and self.wiring.skip == "keep" and not self.watched
+        hidden = self.settled and self.role is Role.HIDDEN
+        if direct:
+            self.steady = "direct" if hidden and self.wiring.skip == "keep" and not self.watched else ""
+        else:
+            plain = isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges
+            self.steady = "local" if plain and not self.watched else ""
+        self.mirror = None
+        self.written = repr(self.rule)
+        self.traceable = self._traceable()
+
+    def _traceable(self) -> bool:
+        """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
+        rule = self.rule
+        if not self.wiring.looked or self.watched:
+            return False
+        if isinstance(rule, LocalRule):
+            return self.kind.exchanges and not rule.redraw and self.std is not None
+        if isinstance(rule, DirectRule):
+            plain = all(isinstance(B, Tensor) for B in self._made.values())
+            known = self.settled or (self.role is not Role.UNKNOWN and not self._made)  # nothing to hand back to
+            return known and self.wiring.skip == "keep" and not rule.needs_targets and plain
+        return True
+
+    def prepare(self) -> None:
+        """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
+        self.refresh()
+        self.joins_traced = self.role is Role.OUTPUT and any(
+            isinstance(state.rule, DirectRule) for state in self.wiring.layers.values()
+        )
+        self.fixed = ()
+        rule = self.rule
+        if isinstance(rule, DirectRule) and not rule.silent:
+            made = {(output, index): B for (_, output, index, *_), B in self._made.items() if isinstance(B, Tensor)}
+            self.fixed_outputs = tuple(dict.fromkeys(output for output, _ in made))
+            indices = sorted({index for _, index in made})
+            self.fixed = tuple(made[output, index] for index in indices for output in self.fixed_outputs)
+        elif isinstance(rule, LocalRule) and rule.random and self._random:
+            self.fixed = (next(iter(self._random.values())),)
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
@@ -381,6 +446,9 @@ class LayerState:
         else:
             route, feedback = self._find(rule, error, index, shape, signal.shape, dtype, device)
             self._last = key, route, feedback
+            self.mirror = None
+            if route.plain and len(self.wiring.outputs) == 1 and type(feedback) is Tensor:
+                self.mirror = feedback if feedback.shape[0] <= _SMALL else None
         if type(feedback) is Tensor:
             fed = route(signal, feedback)
         else:
@@ -431,6 +499,7 @@ class LayerState:
         self._routes = {}
         self._made = {}
         self._last = None
+        self.mirror = None
 
     @property
     def order(self) -> Reading | None:
@@ -543,16 +612,22 @@ class LayerState:
 
     # -- local rules -------------------------------------------------------------------------------
 
-    def random(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0) -> Tensor:
-        """R of a local rule: N(0, std^2). Kept, unless it is a redraw."""
-        key = (shape, dtype, device)
+    def random(
+        self, rule: LocalRule, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0
+    ) -> Tensor:
+        """R of a local rule: N(0, std^2), or its magnitude. Kept, unless it is a redraw."""
+        assert self.std is not None
+        if draw:
+            drawn = quick_normal(
+                shape, seed=self.wiring.seed, name=self.name, draw=draw, scale=self.std, magnitude=rule.magnitude
+            )
+            return drawn.to(device=device, dtype=dtype)
+        key = (shape, dtype, device, rule.magnitude)
         found = self._random.get(key)
-        if found is None or draw:
-            assert self.std is not None
-            unit = standard_normal(shape, seed=self.wiring.seed, name=self.name, draw=draw)
-            found = (unit * self.std).to(device=device, dtype=dtype)
-            if not draw:
-                self._random = {key: found}
+        if found is None:
+            unit = standard_normal(shape, seed=self.wiring.seed, name=self.name)
+            found = ((unit.abs_() if rule.magnitude else unit) * self.std).to(device=device, dtype=dtype)
+            self._random = {key: found}
         return found
 
     def local_scale(self, weight: Tensor) -> float:
@@ -572,7 +647,7 @@ def weight_scale(weight: Tensor) -> tuple[float, str]:
         std = float(weight.detach().double().std())
         if math.isfinite(std) and std > 0:
             return std, ""
-    fan_in = max(weight[0].numel(), 1) if weight.dim() > 1 else 1
+    fan_in = max(math.prod(weight.shape[1:]), 1)
     return 1 / math.sqrt(3 * fan_in), "the weight is constant; 1/sqrt(3 fan_in) instead"
 
 

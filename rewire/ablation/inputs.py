@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rewire.errors import RewireError, nearest
+from rewire.errors import InputError, nearest
 
-
-class InputError(RewireError, ValueError):
-    """Something asked for does not exist or cannot be: a name, a number, a folder, a damaged file."""
+__all__ = ["InputError", "one_of", "positive"]
 
 
 def one_of(kind: str, word: str, choices: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ from rewire.layers.kinds import BackwardWeight, Kind
 
 
 class _Spatial(Kind):
+    exchanges = True
+
     def __init__(self, rank: int) -> None:
         self.rank = rank
 

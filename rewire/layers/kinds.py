@@ -16,12 +16,16 @@ class Kind:
         title: for tables.
         local: whether local rules are possible: whether there is a weight to replace.
         parameter: name of the weight.
+        exchanges: whether its forward is one operation whose weight can be exchanged (:mod:`rewire.exchange`).
+        transposed: whether W is (in, out).
         part: name of the layer within its module, where a module holds several.
     """
 
     title = "layer"
     local = True
     parameter = "weight"
+    exchanges = False
+    transposed = False
     part = ""
 
     def axis(self, dims: int) -> int:
@@ -71,10 +75,12 @@ class BackwardWeight:
 
     Attributes:
         keep: whether :meth:`combine` reads W.
+        lasting: whether the same object serves every call of the layer.
         exchange: hooks that put B where an operation keeps W (:mod:`rewire.exchange`), once made.
     """
 
     keep: bool
+    lasting = True
     exchange: Any = None
 
     def random(self, weight: Tensor) -> Tensor | None:

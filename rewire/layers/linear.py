@@ -15,6 +15,7 @@ class Linear(Kind):
     """x (*, in), W (out, in) -> y (*, out)."""
 
     title = "linear"
+    exchanges = True
 
     def axis(self, dims: int) -> int:
         return -1
@@ -30,7 +31,7 @@ class Linear(Kind):
         (x,) = (*args, *kwargs.values())
         if exchangeable():
             y: Tensor = forward(module, *args, **kwargs)
-            if not x.requires_grad or exchange(y, backward, transposed=False):
+            if not x.requires_grad or exchange(y, backward, transposed=self.transposed):
                 return y
         weight = self.weight(module)
         bias: Tensor | None = module.bias  # type: ignore[assignment]
@@ -39,6 +40,8 @@ class Linear(Kind):
 
 class TransposedLinear(Linear):
     """x (*, in), W (in, out) -> y (*, out)."""
+
+    transposed = True
 
     def run(
         self,
@@ -51,7 +54,7 @@ class TransposedLinear(Linear):
         (x,) = (*args, *kwargs.values())
         if exchangeable():
             y: Tensor = forward(module, *args, **kwargs)
-            if not x.requires_grad or exchange(y, backward, transposed=True):
+            if not x.requires_grad or exchange(y, backward, transposed=self.transposed):
                 return y
         weight = self.weight(module)
         bias: Tensor | None = module.bias  # type: ignore[assignment]

@@ -44,11 +44,13 @@ class LocalRule(Rule):
     Attributes:
         random: whether the rule wants a random tensor ``R`` of the weight's shape, with entries
             N(0, s^2), s being ``scale`` (``"auto"``: the standard deviation of the weight at conversion).
+        magnitude: whether the rule reads only ``|R|``, which it is then given in place of ``R``.
         redraw: whether ``R`` is drawn anew for every forward.
         uses_weight: whether :meth:`backward_weight` reads ``W``; if not, ``W`` is not kept for backward.
     """
 
     random: ClassVar[bool] = True
+    magnitude: ClassVar[bool] = False
     redraw: ClassVar[bool] = False
     uses_weight: ClassVar[bool] = True
 
@@ -57,7 +59,7 @@ class LocalRule(Rule):
 
         Args:
             weight: W as the forward used it; None when ``uses_weight`` is False.
-            random: R, of W's shape, dtype and device; None when ``random`` is False. Read only.
+            random: R (or ``|R|``), of W's shape, dtype and device; None when ``random`` is False. Read only.
             scale: s, the standard deviation described above.
 
         Returns:

@@ -36,10 +36,11 @@ class _RandomMagnitude(LocalRule):
     """``(|R| * sign(W))^T delta``: the weight's signs, random magnitudes."""
 
     source = "Moskovitz et al. 2018, arXiv:1812.06488"
+    magnitude = True
 
     def backward_weight(self, weight: Tensor | None, random: Tensor | None, scale: float) -> Tensor:
         assert weight is not None and random is not None
-        return torch.sign(weight) * random.abs()
+        return torch.sign(weight).mul_(random)
 
 
 @register_rule("brsf")

@@ -1,8 +1,7 @@
-"""The ``rewire`` command. Errors are one line on stderr; exit code 2 says the request was wrong."""
+"""``rewire ablate``: models under several rules and seeds."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,54 +9,18 @@ import click
 import torch
 from rich.console import Console
 
-import rewire
-from rewire.ablation import Cell, InputError, check, grid, run_grid
+from rewire.ablation import Cell, check, grid, run_grid
 from rewire.ablation.inputs import one_of, positive
 from rewire.ablation.report import METRICS, table, title
 from rewire.ablation.results import Writer
+from rewire.cli.words import words
 
 # What is sensible depends on another option, so these stand here and not at the options.
 _EPOCHS = {"digits": 15, "fashion-mnist": 3}
 _LR = {"adam": 2e-3, "sgd": 0.05}
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed while running, 2 wrong request, 130 interrupted."""
-    try:
-        code = _rewire.main(args=args, prog_name="rewire", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        message = error.format_message()
-        if "unexpected extra argument" in message:
-            message += " (several names go in quotes: --rules 'bp fa dfa')"
-        _fail(message, 2)
-    except InputError as error:
-        _fail(str(error), 2)
-    except rewire.RewireError as error:
-        _fail(str(error), 1)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"rewire: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-@click.group(
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: rewire ablate --model mlp --rules 'bp fa dfa'",
-)
-@click.version_option(rewire.__version__, message="rewire %(version)s")
-@click.pass_context
-def _rewire(context: click.Context) -> None:
-    """Change how errors travel backwards through PyTorch models."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
-@_rewire.command(
+@click.command(
     epilog="Example: rewire ablate --model cnn --rules 'bp dfa' --seeds 5 --optimizer sgd --momentum 0.9",
 )
 @click.option(
@@ -151,8 +114,8 @@ def ablate(
     )
     cells = grid(
         base,
-        _words(models) or ["mlp", "cnn"],
-        _words(rules) or ["bp", "fa", "usf", "frsf", "dfa"],
+        words(models) or ["mlp", "cnn"],
+        words(rules) or ["bp", "fa", "usf", "frsf", "dfa"],
         range(seeds),
     )
     check(cells)
@@ -163,8 +126,3 @@ def ablate(
     screen.print(f"\n{title(base)}", highlight=False)
     screen.print(table(results, metric))
     screen.print(f"Results: {writer.folder}/results.jsonl and results.csv", highlight=False)
-
-
-def _words(options: Sequence[str]) -> list[str]:
-    """The names in repeated options, each of which may hold several, apart by spaces or commas."""
-    return " ".join(options).replace(",", " ").split()

@@ -1,0 +1,244 @@
+"""Converted layers under ``torch.compile``: the same mechanism, put into the compiled graph.
+
+Dynamo traces a layer's forward up to a few functions that it takes into the graph as they are
+(``torch.compiler.allow_in_graph``). When AOTAutograd then runs that graph to trace the backward, they do what they
+do in eager mode: leave calls on graph nodes, hang ports on inputs, walk from the output layer up, exchange weights.
+What they compute with tensors is traced; what they find out is settled at compile time and costs nothing later.
+
+Such functions may be given tensors and constants only. So a layer is named by a number and a string, and its feedback
+is handed in as a tensor: then nothing is frozen into the graph that training changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from rewire.edges import alias, check
+from rewire.errors import PassError
+from rewire.exchange import exchange
+from rewire.layers.kinds import BackwardWeight
+from rewire.passes import Call, OutputError, leave, metadata, upstream
+from rewire.routing import route_to
+from rewire.rules.base import DirectRule, LocalRule
+from rewire.wiring import LayerState, conversions
+
+_ERRORS = "rewire.errors"
+
+
+class _Port(Function):
+    """x, B of each output layer -> ticket; as :class:`rewire.edges.Port`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, state: LayerState, rule: DirectRule, errors: list[OutputError], *fixed: Any
+    ) -> Any:
+        names, matrices = fixed[: len(fixed) // 2], fixed[len(fixed) // 2 :]
+        ctx.set_materialize_grads(False)
+        ctx.feed = state, rule, errors, dict(zip(names, range(len(names)), strict=True))
+        ctx.like = x.shape, x.dtype
+        ctx.save_for_backward(*matrices)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        state, rule, errors, places = ctx.feed
+        shape, dtype = ctx.like
+        total: Tensor | None = None
+        for error in errors:
+            if error.error is None or not error.here():
+                continue
+            signal = error.signal(rule)
+            if rule.silent:
+                fed = signal.new_zeros(shape, dtype=dtype)
+            else:
+                if error.state.name not in places:
+                    raise PassError(f"layer {state.label} has no feedback yet: run one ordinary training step first")
+                B = ctx.saved_tensors[places[error.state.name]]
+                above = error.state.rule
+                route = route_to(
+                    tuple(shape),
+                    state.kind.axis(len(shape)),
+                    tuple(signal.shape),
+                    error.axis,
+                    structure=state.structure(rule).routing,
+                    layout=rule.layout,
+                    e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
+                    seen=state.order,
+                    hint=state.layout,
+                )
+                fed = route(signal, B.to(dtype)).to(dtype)
+            total = fed if total is None else total + fed
+        return (total, None, None, None, *(None,) * (2 * len(places)))
+
+
+class _Join(Function):
+    """Identity on y that takes tickets; backward: the gradient at y is e. As :class:`rewire.edges.Join`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, error: OutputError | None, *tickets: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.error, ctx.tickets = error, len(tickets)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.error is not None and gradient is not None:
+            ctx.error.deliver(gradient)
+        return (gradient, None, *(None,) * ctx.tickets)
+
+
+class _Given(BackwardWeight):
+    """The backward weight of a local rule whose R is at hand."""
+
+    def __init__(self, rule: LocalRule, random: Tensor | None, scale: float) -> None:
+        self.rule = rule
+        self.given = random
+        self.scale = scale
+        self.keep = rule.uses_weight
+
+    def random(self, weight: Tensor) -> Tensor | None:
+        return self.given if self.given is None else self.given.to(weight.dtype)
+
+    def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
+        return self.rule.backward_weight(weight, random, self.scale)
+
+
+# -- functions that Dynamo takes into the graph as they are ----------------------------------------------
+
+
+def _opened(key: int, name: str, rule: str, outputs: tuple[str, ...], count: int, *tensors: Tensor) -> list[Tensor]:
+    """Ports at the inputs of one call.
+
+    Args:
+        rule: how the rule is written; here only so that another rule makes another graph.
+        outputs: output layers that the feedback is for.
+        tensors: ``count`` inputs, then for each of them a B for each output layer.
+    """
+    state = conversions[key].layers[name]
+    assert isinstance(state.rule, DirectRule)
+    errors: list[OutputError] = []
+    port: Callable[..., Tensor] = _Port.apply
+    tickets = []
+    for i, x in enumerate(tensors[:count]):
+        start = count + i * len(outputs)
+        fixed = tensors[start : start + len(outputs)]
+        ticket = port(x, state, state.rule, errors, *(outputs if fixed else ()), *fixed)
+        if ticket.grad_fn is not None:
+            metadata(ticket.grad_fn)[_ERRORS] = errors
+        tickets.append(ticket)
+    return tickets
+
+
+def _closed(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Tensor:
+    """Leave a hidden layer's call on the graph. ``tensors``: its ``count`` inputs, their tickets."""
+    call = _call(key, name, count, tensors)
+    if not y.requires_grad:
+        y = _join(y, None, *call.tickets)
+    elif y._is_view():
+        y = alias(y)
+    if y.grad_fn is not None:
+        leave(y.grad_fn, call)
+        y.grad_fn.register_prehook(partial(_check, call))
+    return y
+
+
+def _joined(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Tensor:
+    """The output of an output layer, joined to the tickets of all calls upstream. ``tensors`` as above."""
+    call = _call(key, name, count, tensors)
+    state = call.state
+    error = OutputError(state, state.kind.axis(y.dim()), None)
+    feeders = upstream(call.sources, state.wiring)
+    tickets: list[Tensor] = []
+    for feeder in [call, *feeders]:
+        feeder.errors.append(error)
+        tickets.extend(feeder.tickets)
+        error.ports += len(feeder.tickets)
+        for lower in feeder.own:
+            lower.above.append(error)
+    if not y.requires_grad and not tickets:
+        return y
+    call.own.append(error)
+    call.feeders = feeders
+    y = _join(y, error, *tickets)
+    if y.grad_fn is not None:
+        leave(y.grad_fn, call)
+    return y
+
+
+def _exchanged(y: Tensor, x: Tensor, key: int, name: str, rule: str, *random: Tensor) -> Tensor:
+    """Let the operation that made y from x hand back what a local rule says."""
+    state = conversions[key].layers[name]
+    assert isinstance(state.rule, LocalRule) and state.std is not None
+    backward = _Given(state.rule, random[0] if random else None, state.std)
+    if y.grad_fn is not None and not exchange(y, backward, transposed=state.kind.transposed):
+        raise PassError(f"layer {state.label}: torch.compile made something of its operation that the rule cannot use")
+    return y
+
+
+_join: Callable[..., Tensor] = _Join.apply
+
+
+def _call(key: int, name: str, count: int, tensors: tuple[Tensor, ...]) -> Call:
+    state = conversions[key].layers[name]
+    inputs, tickets = tensors[:count], list(tensors[count:])
+    errors = metadata(tickets[0].grad_fn)[_ERRORS] if tickets and tickets[0].grad_fn is not None else []
+    return Call(state, [x.grad_fn for x in inputs if x.grad_fn is not None], tickets, errors, len(tickets))
+
+
+def _check(call: Call, gradients: Any) -> None:
+    try:
+        check(call, False, gradients)
+    except PassError as problem:
+        raise PassError(
+            f"{problem}. Under torch.compile a graph break between the two has the same effect: fullgraph=True finds it"
+        ) from None
+
+
+@functools.cache
+def register() -> None:
+    """Tell Dynamo about the functions above. Imports it, so it is not done before a layer is converted."""
+    allow: Callable[..., Any] = torch.compiler.allow_in_graph
+    for function in (_opened, _closed, _joined, _exchanged):
+        allow(function)
+    constant: Callable[..., Any] = torch.compiler.assume_constant_result
+    constant(prepare)
+
+
+def prepare(key: int, name: str) -> bool:
+    """Run when a call is compiled, not when it is run: take in what passes have shown, get ready what it is given."""
+    state = conversions[key].layers[name]
+    if state.wiring.unsettled:
+        state.wiring.settle()
+    state.prepare()
+    return True
+
+
+# -- traced by Dynamo ----------------------------------------------------------------------------------
+
+
+def call(state: LayerState, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """One call of one layer, as part of a compiled graph."""
+    rule, key = state.rule, state.wiring.key
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+    tickets: list[Tensor] = []
+    if isinstance(rule, DirectRule):
+        if inputs:
+            fixed = state.fixed_outputs, len(inputs)
+            tickets = _opened(key, state.name, state.written, *fixed, *inputs, *state.fixed)
+        args = [x.detach() if isinstance(x, Tensor) else x for x in args]
+        kwargs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        y = forward(module, *args, **kwargs)
+    else:
+        y = forward(module, *args, **kwargs)
+        if inputs and isinstance(rule, LocalRule):
+            y = _exchanged(y, inputs[0], key, state.name, state.written, *state.fixed)
+    if state.joins_traced:
+        return _joined(y, key, state.name, len(inputs), *inputs, *tickets)
+    return _closed(y, key, state.name, len(inputs), *inputs, *tickets) if tickets else y

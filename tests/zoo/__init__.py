@@ -1,0 +1,1 @@
+"""The model zoos, each model under each rule: ``python -m tests.zoo``."""

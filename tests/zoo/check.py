@@ -1,0 +1,160 @@
+"""One model under one rule: everything that conversion promises, checked."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import rewire
+from rewire.diagnose.verify import _copy
+from rewire.errors import RewireWarning
+from rewire.preview import call
+from rewire.specs import Example, resolve
+from rewire.specs.losses import default_loss
+
+
+def check(spec: str, rule: str, feedback: str = "channel") -> dict[str, Any]:
+    """Convert, train two passes, verify, step, restore. A row of results; ``problems`` is empty if all is well."""
+    start = time.perf_counter()
+    return check_example(resolve(spec).build(), rule, feedback) | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def check_example(example: Example, rule: str, feedback: str = "channel") -> dict[str, Any]:
+    """As :func:`check`, for something built already. The model is used up."""
+    model, inputs, loss_fn = example
+    row: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "own_loss": loss_fn is default_loss and _own_loss(model, inputs),
+    }
+    problems: list[str] = []
+    plain = _copy(model)
+    before = {key: value.clone() for key, value in _tensors(model).items()}
+    classes = [type(m) for m in model.modules()]
+    attributes = _attributes(model)
+    unchanged = _forward(model, inputs)
+    reference = _gradients(plain, inputs, loss_fn)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rewire.convert(model, rule, feedback=feedback)
+        if not _same(before, _tensors(model)):
+            problems.append("state_dict changed by convert")
+        if not _equal(unchanged, _forward(model, inputs)):
+            problems.append("forward changed by convert")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        _gradients(model, inputs, loss_fn)
+        optimizer.step()  # many start with a head of zeros, below which nothing is to be seen before a step
+        gradients = _gradients(model, inputs, loss_fn)
+        proof = rewire.verify(model, inputs, loss_fn)
+    row["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, RewireWarning)})
+
+    wanted = {name for name, g in reference.items() if bool(torch.isfinite(g).all())}
+    row["backprop_not_finite"] = len(reference) - len(wanted)
+    if missing := sorted(wanted - gradients.keys()):
+        problems.append(f"{len(missing)} parameters without a gradient: {', '.join(missing[:3])}")
+    if bad := sorted(n for n in wanted & gradients.keys() if not bool(torch.isfinite(gradients[n]).all())):
+        problems.append(f"{len(bad)} gradients not finite: {', '.join(bad[:3])}")
+    row["zero"] = sorted(n for n in wanted & gradients.keys() if not gradients[n].any() and reference[n].any())
+
+    row["layers"] = dict(Counter(layer.status for layer in proof.layers))
+    if not proof.ok:
+        wrong = [layer for layer in proof.layers if layer.status in ("dead", "unrouted", "wrong")]
+        problems.append(
+            f"verify: {len(wrong)} not ok: " + "; ".join(f"{w.name} {w.status} ({w.note})" for w in wrong[:3])
+        )
+    kept: Counter[str] = Counter()
+    for entry in rewire.summary(model).rows:
+        if not entry.converted and "elementwise" not in entry.note:
+            kept[f"{entry.type}: {entry.note}"] += 1
+    row["on_backprop"] = dict(kept)
+
+    optimizer.step()
+    stepped = {key: value.clone() for key, value in _tensors(model).items()}
+    if not any(not torch.equal(value, before[key]) for key, value in stepped.items()):
+        problems.append("the optimizer step changed nothing")
+    rewire.restore(model)
+    if not _same(stepped, _tensors(model)):
+        problems.append("state_dict changed by restore")
+    if [type(m) for m in model.modules()] != classes:
+        problems.append("classes not restored")
+    if _attributes(model) != attributes:
+        problems.append("restore left attributes or hooks")
+    with torch.no_grad():
+        for key, value in _tensors(plain).items():
+            value.copy_(stepped[key])
+    if not _equal(_forward(plain, inputs), _forward(model, inputs)):
+        problems.append("forward after restore differs")
+    return {**row, "ok": not problems, "problems": problems}
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+def _own_loss(model: nn.Module, inputs: Any) -> bool:
+    _seed()
+    return getattr(call(_copy(model), inputs), "loss", None) is not None
+
+
+def _gradients(model: nn.Module, inputs: Any, loss_fn: Any) -> dict[str, Tensor]:
+    """One training pass; the gradients that there are, by parameter."""
+    model.train()
+    model.zero_grad()
+    _seed()
+    loss_fn(call(model, inputs)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _forward(model: nn.Module, inputs: Any) -> list[Tensor] | None:
+    """What the model returns in eval mode; None if it cannot be evaluated on what it trains on."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    _seed()
+    try:
+        with torch.no_grad():
+            return [y for y in tree_leaves(call(model, inputs)) if isinstance(y, Tensor)]
+    except (RuntimeError, NotImplementedError) as error:
+        if "nms" in str(error) or "ops" in str(error):
+            return None  # detectors: their compiled operations are missing
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _equal(a: list[Tensor] | None, b: list[Tensor] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return len(a) == len(b) and all(
+        x.shape == y.shape and torch.equal(_bits(x), _bits(y)) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _bits(x: Tensor) -> Tensor:
+    """So that a nan equals itself, and minus zero is not zero."""
+    return x.detach().contiguous().flatten().view(torch.uint8) if x.is_floating_point() and x.numel() else x
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(_bits(a[key]), _bits(b[key])) for key in a)
+
+
+def _attributes(model: nn.Module) -> list[tuple[Any, ...]]:
+    return [
+        (name, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_always_called))
+        for name, m in model.named_modules()
+    ]
