@@ -16,6 +16,7 @@ import gc
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def main() -> None:
         sys.exit(reason)
     if options.threads:
         torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", "Using a non-full backward hook", FutureWarning)  # BioTorch
     if options.compile_mode:
         # Several models share the code of their forwards.
         torch._dynamo.config.recompile_limit = 64
