@@ -5,10 +5,10 @@
     python benchmarks/step_time.py --models vit-tiny --rules dfa fa --modes compiled
     python benchmarks/step_time.py --read benchmarks/results/step_time-cpu.json --markdown
 
-A step is zeroing the gradients, forward, loss and backward; the optimizer, which is the same for all, is left out. Each
-model runs in a process of its own. There each contender takes turns with backprop on the same batch; a figure is the
-median over turns of the ratio within a turn, with the quartiles behind it. Compiled contenders are compared with compiled
-backprop. Other libraries are timed beside, if they are installed (see peers.py).
+A step is zeroing the gradients, forward, loss and backward; the optimizer, which is the same for all, is left
+out. Each model runs in a process of its own. There each contender takes turns with backprop on the same batch; a
+figure is the median over turns of the ratio within a turn, with the quartiles behind it. Compiled contenders are
+compared with compiled backprop. Other libraries are timed beside, if they are installed (see peers.py).
 
 Everything is also written to benchmarks/results/step_time-DEVICE.json, with the machine, versions and thread count.
 """
