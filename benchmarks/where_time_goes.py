@@ -4,8 +4,9 @@
     python benchmarks/where_time_goes.py --models mlp-512 --rules bp dfa --top 15     # operation by operation
 
 Arithmetic is what torch.utils.flop_counter counts, memory the peak of what a step allocates beyond what was there
-before it, gradients among that: both are the same on every run (--steps 0 prints them alone). The profile is torch.profiler's, each operation with its own time alone;
-watching slows small operations down, so read the shares, not the milliseconds.
+before it, gradients among that: both are the same on every run (--steps 0 prints them alone). The profile is
+torch.profiler's, each operation with its own time alone; watching slows small operations down, so read the shares,
+not the milliseconds.
 """
 
 from __future__ import annotations

@@ -260,3 +260,12 @@ def test_pipeline_obeys_its_dependencies(schedule: str, delay: float) -> None:
             assert span(back, stage)[0] >= span(back, stage + 1)[1] + delay
         if schedule == "split":
             assert span("W", stage)[0] >= span("X", stage)[1]
+
+
+def test_the_pipeline_in_the_docs_is_what_the_command_prints() -> None:
+    from pipeline import Pipeline, draw, table
+
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert table([4, 8], [4, 8, 32], 4, 0.0) in text
+    for schedule in ("1f1b", "split", "direct"):
+        assert draw(Pipeline(schedule, 4, 4, steps=2)) in text
