@@ -23,7 +23,7 @@ help:
 	@echo "make test       set up, then run the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy --strict;  make format  rewrites the files as ruff wants them"
-	@echo "make bench      step-time benchmarks"
+	@echo "make bench      every benchmark, about an hour; BENCH=--quick some minutes, BENCH=\"--device cuda\" on a GPU"
 	@echo "make zoo        every model of torchvision, timm and transformers' list under fa and dfa; goes on where it stopped"
 	@echo "make fashion    LeNet on Fashion-MNIST: bp, fa and dfa under SGD and Adam"
 	@echo "make clean      remove the environment and all caches (runs/ stays)"
@@ -58,8 +58,18 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BASE)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+# Each prints tables and writes benchmarks/results/. Other libraries are timed beside if PYTHONPATH has them: see peers.py.
+# memory.py has no --quick; without timing it is quick.
+BENCH ?=
+QUICK = $(filter --quick,$(BENCH))
+
+bench: $(DEV)
+	$(BIN)/python benchmarks/step_time.py $(BENCH)
+	$(BIN)/python benchmarks/layer_cost.py $(QUICK)
+	$(BIN)/python benchmarks/where_time_goes.py $(QUICK)
+	$(BIN)/python benchmarks/memory.py $(if $(QUICK),--turns 0)
+	$(BIN)/python benchmarks/pipeline.py $(QUICK)
+	$(BIN)/python benchmarks/streams.py $(QUICK)
 
 # ZOO="'hf:*bert*' --again": only some, what failed too.
 zoo: $(DEV)

@@ -1,146 +1,135 @@
-"""Step time of converted models as a ratio to backprop of the same model, in one process.
+"""Step time of converted models as a ratio to plain backprop of the same model.
 
-    python benchmarks/step_time.py            # everything, a few minutes on two cores
-    python benchmarks/step_time.py --quick    # the judged lines only
+    python benchmarks/step_time.py                                  # everything; about an hour on two cores
+    python benchmarks/step_time.py --quick                          # the 2048-wide MLP at batch 1 and 256
+    python benchmarks/step_time.py --models vit-tiny --rules dfa fa --modes compiled
+    python benchmarks/step_time.py --read benchmarks/results/step_time-cpu.json --markdown
 
-A step is zeroing the gradients, forward, loss and backward; the optimizer, which is the same for all, is
-left out. Each rule takes turns with backprop on the same batch, in alternating order; every figure is the
-median over turns of the ratio within a turn, with the quartiles behind it. Results are also written to
-``benchmarks/results/step_time-DEVICE.json`` with the machine, versions and thread count.
+A step is zeroing the gradients, forward, loss and backward; the optimizer, which is the same for all, is left
+out. Each model runs in a process of its own. There each contender takes turns with backprop on the same batch; a
+figure is the median over turns of the ratio within a turn, with the quartiles behind it. Compiled contenders are
+compared with compiled backprop. Other libraries are timed beside, if they are installed (see peers.py).
+
+Everything is also written to benchmarks/results/step_time-DEVICE.json, with the machine, versions and thread count.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+import peers
+from machine import machine, no_gpu, one_line
+from models import CASES
+from report import show
 
 import rewire
 
-RULES = ("fa", "frsf", "dfa")
-RESULTS = Path(__file__).parent / "results"
+RULES = ("fa", "frsf", "brsf", "dfa")
+MODES = ("eager", "compiled")
+SWEPT, BATCHES = "mlp-2048", (1, 2, 8, 64, 1024)  # besides its ordinary batch
+HERE = Path(__file__).parent
+
+Job = tuple[str, int, str]  # model, batch, mode
 
 
-def mlp(width: int, hidden: int = 4) -> nn.Module:
-    """784 - width x hidden - 10, with ReLU."""
-    sizes = [784, *[width] * hidden]
-    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
-
-
-def lenet() -> nn.Module:
-    """Convolutions 6-16-120, fully connected 84-10, for one channel of 32 x 32."""
-    return nn.Sequential(
-        *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(16, 120, 5), nn.ReLU(), nn.Flatten()),
-        *(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
-    )
-
-
-def make_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    """One training step without the optimizer."""
-
-    def step() -> None:
-        model.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    return step
-
-
-def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], batch: int, seconds: float, device: str) -> dict:
-    """Median step time of backprop in seconds, and for each rule the quartiles of its ratio to backprop.
-
-    Rules are measured one after the other, each in turns with backprop on the same batch and the same weights.
-    """
-    torch.manual_seed(0)
-    base = make().to(device)
-    x, y = torch.randn(batch, *shape, device=device), torch.randint(0, 10, (batch,), device=device)
-    backprop: list[float] = []
-    ratios: dict[str, list[float]] = {}
-    for rule in RULES:
-        steps = (make_step(copy.deepcopy(base), x, y), make_step(rewire.convert(copy.deepcopy(base), rule), x, y))
-        for step in steps:
-            for _ in range(3):
-                step()
-        found: list[float] = []
-        end = time.perf_counter() + seconds / len(RULES)
-        while time.perf_counter() < end or len(found) < 11:
-            times = [0.0, 0.0]
-            for which in (0, 1) if len(found) % 2 else (1, 0):  # who goes second may find the batch in the cache
-                start = time.perf_counter()
-                steps[which]()
-                times[which] = time.perf_counter() - start
-            backprop.append(times[0])
-            found.append(times[1] / times[0])
-        ratios[rule] = statistics.quantiles(found, n=4)
-    return {"batch": batch, "bp_seconds": statistics.median(backprop), "pairs": len(backprop), "ratios": ratios}
-
-
-def machine(device: str) -> dict[str, object]:
-    """What the figures depend on."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rewire": rewire.__version__,
-    }
-
-
-def main() -> None:
-    """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the 2048-wide MLP at batch 1 and 256")
-    parser.add_argument("--seconds", type=float, default=15.0, help="time for each line (default 15)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-
-    def wide() -> nn.Module:
-        return mlp(2048)
-
-    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = [
-        ("MLP 784-2048x4-10", wide, (784,), batch)
-        for batch in ((1, 256) if options.quick else (1, 2, 8, 32, 256, 1024))
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """What to run, each in a process of its own."""
+    if options.quick:
+        return [(SWEPT, batch, "eager") for batch in options.batches or (1, CASES[SWEPT].batch)]
+    chosen = options.models or list(CASES)
+    found = [
+        (model, batch, mode)
+        for mode in options.modes
+        for model in chosen
+        for batch in options.batches or [CASES[model].batch]
     ]
-    if not options.quick:
-        cases += [
-            ("MLP 784-512x4-10", lambda: mlp(512), (784,), 128),
-            ("MLP 784-128x4-10", lambda: mlp(128), (784,), 128),
-            ("LeNet", lenet, (1, 32, 32), 64),
-        ]
+    if not options.batches and SWEPT in chosen and "eager" in options.modes:
+        found += [(SWEPT, batch, "eager") for batch in BATCHES]
+    return found
+
+
+def run(job: Job, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One job's result; if its process dies, every contender fails with what it said last."""
+    model, batch, mode = job
+    who = list(options.rules)
+    if mode == "eager" and options.peers and batch == CASES[model].batch:
+        who += peers.names()
+    out = folder / "result.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "one_model.py"), model, "--batch", str(batch), "--out", str(out)]
+    command += ["--seconds", str(options.seconds), "--least", str(options.least), "--device", options.device]
+    command += ["--compile-mode", options.compile_mode] if mode == "compiled" else []
+    command += ["--threads", str(options.threads)] if options.threads else []
+    ended = subprocess.run([*command, "--who", *who], stderr=subprocess.PIPE, text=True, check=False)
+    if ended.returncode == 0 and out.exists():
+        return json.loads(out.read_text())
+    last = ended.stderr.strip().splitlines()[-1:] or ["no message"]
+    reason = f"its process ended with {ended.returncode}: {last[0][:160]}"
+    fails = dict.fromkeys(("backprop", *who), reason)
+    found = {"reference_seconds": None, "contenders": {}, "fails": fails, "died": True}
+    return {"model": model, "batch": batch, "mode": mode, "feedback": CASES[model].feedback, **found}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the 2048-wide MLP at batch 1 and 256, eager, no peers")
+    parser.add_argument("--models", nargs="+", choices=CASES, help="default: all")
+    parser.add_argument("--rules", nargs="+", help=f"rule or rule/feedback; default: {' '.join(RULES)}")
+    parser.add_argument("--batches", nargs="+", type=int, help=f"default: each model's own; {SWEPT}: {BATCHES} too")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--compile-mode", default="default", help="of torch.compile, such as reduce-overhead")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave other libraries out")
+    parser.add_argument("--seconds", type=float, help="of measuring per model (default 40; with --quick 15)")
+    parser.add_argument("--least", type=int, default=7, help="fewest turns of each contender (default 7)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown in place of drawn tables")
+    parser.add_argument("--read", type=Path, help="print an earlier file of results; nothing is measured")
+    parser.add_argument("--out", type=Path, help="where to write results")
+    options = parser.parse_args()
+    for rule in options.rules or ():
+        if rule.partition("/")[0] not in rewire.rules():
+            parser.error(f"no rule {rule!r}: {', '.join(rewire.rules())}; a structure of feedback after a slash")
+    options.rules = options.rules or (("fa", "frsf", "dfa") if options.quick else RULES)
+    options.seconds = options.seconds or (15.0 if options.quick else 40.0)
+    options.peers = options.peers and not options.quick
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    if options.read:
+        found = json.loads(options.read.read_text())
+        show(found["lines"], found["machine"], options.markdown)
+        return 0
+    if reason := no_gpu(options.device):
+        print(reason)
+        return 0
     about = machine(options.device)
-    table = Table(title=f"Step time / backprop, median [quartiles]. {about}")
-    for column in ("model", "batch", "backprop ms", "us/sample", *RULES):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    lines = []
-    console = Console(width=140)
-    for name, make, shape, batch in cases:
-        with console.status(f"{name}, batch {batch}"):
-            line = measure(make, shape, batch, options.seconds, options.device)
-        lines.append({"model": name, **line})
-        seconds = line["bp_seconds"]
-        cells = [f"{mid:.2f} [{low:.2f} {high:.2f}]" for low, mid, high in line["ratios"].values()]
-        table.add_row(name, str(batch), f"{seconds * 1e3:.2f}", f"{seconds / batch * 1e6:.0f}", *cells)
-    console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"step_time-{options.device}.json"
+    if options.threads:
+        about["threads"] = options.threads
+    print(one_line(about), file=sys.stderr)
+    todo, lines = jobs(options), []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, job in enumerate(todo, 1):
+            print(f"{number}/{len(todo)}  {job[0]}, batch {job[1]}, {job[2]}", file=sys.stderr, flush=True)
+            line = run(job, options, Path(folder))
+            line.pop("machine", None)
+            lines.append(line)
+    show(lines, about, options.markdown)
+    name = f"step_time-{options.device.replace(':', '')}{'-quick' if options.quick else ''}.json"
+    out = options.out or HERE / "results" / name
+    out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"machine": about, "lines": lines}, indent=1) + "\n")
-    console.print(f"written to {out}")
+    print(f"written to {out}", file=sys.stderr)
+    return 1 if any(line.get("died") for line in lines) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
