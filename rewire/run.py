@@ -374,6 +374,9 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
             if state.role is Role.OUTPUT and fits:
                 mirrored.append(ticket)
                 rules.append(rule)
+                if wiring.certain:  # no other output can come: x need not outlive its layer's backward
+                    feeder.mirrored = None
+                    feeder.tickets = []
             else:  # not the output the ticket was made for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [error], 0, None, None)))
                 error.ports += 1

@@ -59,6 +59,7 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
+        certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
@@ -85,6 +86,7 @@ class Wiring:
         self.errors: dict[str, Tensor] = {}
         self.unsettled = False
         self.looked = False
+        self.certain = False
         self.bypassed: set[Tensor] = set()
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
@@ -179,6 +181,7 @@ class Wiring:
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
+        self.certain = all(state.role is not Role.UNKNOWN for state in self.layers.values())
         self._forget_hidden_outputs()
         self._settle_scales()
         self._say_bypassed()

@@ -29,7 +29,7 @@ class Flow:
 
     def __init__(self, seen: Pass, weights: Mapping[str, Iterable[Tensor]], starts: Callable[[Seen], bool]) -> None:
         root = seen.loss.grad_fn
-        self._at = {y.grad_fn: call for call in seen for y in call.outputs if y.grad_fn is not None}
+        self._at = dict(seen.at)  # as calls left it: an in-place operation later gives an output another node
         roots = [] if root is None else [root]
         outputs: list[Seen] = []
         self._feeders: dict[Seen, set[Seen]] = {}

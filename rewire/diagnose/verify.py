@@ -208,8 +208,8 @@ class _Verify:
         buffers = Buffers(model)
         for _ in range(4):  # roles, then scales; the same random numbers, so that the same layers run each time
             known = {name for name, state in states.items() if state.settled}
-            if any(s.ran for s in states.values()) and all(s.settled for s in states.values() if s.ran):
-                break
+            if all(s.ran and s.settled for s in states.values()):
+                break  # and no layer can come that has not run yet
             self._plainly(model, buffers)
             for state in states.values():
                 state.wiring.settle_if_alone()

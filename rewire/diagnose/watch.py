@@ -174,6 +174,7 @@ class Pass:
 
     Attributes:
         calls: by layer name, in the order of the forward.
+        at: the graph nodes of their outputs, as each call left them.
         loss: what ``loss_fn`` gave.
     """
 
@@ -190,7 +191,7 @@ class Pass:
         self.calls: dict[str, list[Seen]] = {name: [] for name in layers}
         self._layers = {layer.state: (name, layer) for name, layer in layers.items()}
         self._running: list[Seen] = []
-        self._at: dict[Node, Seen] = {}
+        self.at: dict[Node, Seen] = {}
         self._cut = cut
         self._beside = beside
         with self._watched(layers.values()):
@@ -210,7 +211,7 @@ class Pass:
         run: Callable[..., None] = torch.autograd.backward
         run([self.loss] if roots is None else list(roots), gradients and list(gradients), retain_graph=not last)
         if last:
-            self._at = {}
+            self.at = {}
             self.loss = self.loss.detach()
             for call in self:
                 call.outputs = [y.detach() for y in call.outputs]
@@ -267,7 +268,7 @@ class Pass:
             use(call)
         if leaves and isinstance(leaves[0], Tensor):
             with suppress(Unclear):
-                call.pick = pick_of(leaves[0], lambda node: self._at[node].pick)
+                call.pick = pick_of(leaves[0], lambda node: self.at[node].pick)
         kept: list[Any] = list(leaves)
         walls = name in self._cut
         for i, x in enumerate(leaves):
@@ -315,7 +316,7 @@ class Pass:
                     y = leaves[i] = y.clone()
                 call.outputs.append(y)
                 if y.grad_fn is not None:
-                    self._at[y.grad_fn] = call
+                    self.at[y.grad_fn] = call
                 _hook(y, _put(call, len(call.outputs) - 1))
         call.deltas = [None] * len(call.outputs)
         return tree_unflatten(leaves, spec)

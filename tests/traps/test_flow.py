@@ -191,12 +191,7 @@ class HeadFirst(nn.Module):
         return {"loss": F.cross_entropy(y.flatten(0, 1), targets.flatten()), "logits": y}
 
 
-TIED = pytest.param(
-    True, marks=pytest.mark.xfail(strict=True, reason="the rows an embedding looked up are taken for the head's weight")
-)
-
-
-@pytest.mark.parametrize("tied", [False, TIED])
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_an_output_layer_registered_first_with_the_loss_inside(rule, tied):
     ids = labels(3, 5, classes=11)

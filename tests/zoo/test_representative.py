@@ -87,23 +87,11 @@ TINY: dict[str, Callable[[], Example]] = {
     "torchvision densenet": densenet,
 }
 SPECS = Path(__file__).with_name("representative.txt").read_text().split()
-# What is known to fail, and why; docs/coverage.md has the whole list.
-KNOWN = {
-    ("hf:mamba", "fa"): "weights used as views and in bare products",
-    ("hf:mamba", "dfa"): "weights used as views and in bare products",
-    ("hf:switch_transformers", "dfa"): "experts see an unknown choice of tokens",
-}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [
-        pytest.param(name, rule, marks=pytest.mark.xfail(reason=KNOWN[name, rule]) if (name, rule) in KNOWN else ())
-        for name in (*TINY, *SPECS)
-        for rule in ("fa", "dfa")
-    ],
-)
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+@pytest.mark.parametrize("name", [*TINY, *SPECS])
 def test_a_model_is_converted_trained_verified_and_restored(name: str, rule: str) -> None:
     torch.manual_seed(0)
     example = TINY[name]() if name in TINY else resolve(name).build()
