@@ -168,9 +168,12 @@ def quick_normal(
     key = stream_key(seed, name, shape, "quick normal", draw, 0)
     bits = np.random.SFC64(key).random_raw(-(-total // 4)).view(np.int16)
     with torch.inference_mode(False):
-        table = _quantiles() * scale
         index = torch.from_numpy(bits)[:total].to(torch.int32).bitwise_and_(_LEVELS - 1)
-        return torch.index_select(table.abs_() if magnitude else table, 0, index).reshape(tuple(shape))
+        if total >= _LEVELS:  # the table is scaled, not what comes out of it
+            table = _quantiles() * scale
+            return torch.index_select(table.abs_() if magnitude else table, 0, index).reshape(tuple(shape))
+        found = torch.index_select(_quantiles(), 0, index).mul_(scale).reshape(tuple(shape))
+        return found.abs_() if magnitude else found
 
 
 def tensor(numbers: npt.NDArray[np.generic]) -> Tensor:
