@@ -6,7 +6,7 @@ VENV ?= .venv
 # Installed before anything else, so that no dependency chooses another build of it.
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --dist worksteal
 FASHION_DIR ?= /usr/share/datasets/fashion-mnist
 
 BIN := $(VENV)/bin
