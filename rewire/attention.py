@@ -39,11 +39,8 @@ class Projection(Kind):
 
 def projections(module: nn.MultiheadAttention) -> dict[str, Projection]:
     """The projections of ``module`` that are no modules of their own, by name."""
-    return {
-        parameter.removesuffix("_weight"): Projection(parameter)
-        for parameter in _PARAMETERS
-        if module._parameters.get(parameter) is not None
-    }
+    there = [Projection(name) for name in _PARAMETERS if module._parameters.get(name) is not None]
+    return {projection.part: projection for projection in there}
 
 
 @dataclass(frozen=True)

@@ -175,12 +175,6 @@ def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tens
     backward = state.local
     if type(backward) is not _Backward or backward.rule is not rule or rule.redraw:
         backward = _backward(state, rule)  # type: ignore[arg-type]
-    node = y.grad_fn
-    for place in ("_raw_saved_mat2", "_raw_saved_weight"):  # nearly always: the operation is one node
-        saved = getattr(node, place, None)
-        if saved is not None and backward.exchange is not None:
-            saved.register_hooks(backward.exchange.pack, backward.exchange.unpack)
-            return y
     if exchange(y, backward, transposed=state.kind.transposed):
         return y
     return run(state, module, forward, (x,), {})
@@ -200,6 +194,7 @@ class _Backward(BackwardWeight):
 
     def random(self, weight: Tensor) -> Tensor | None:
         self.scale = self.state.local_scale(weight)
+        self.state.random_as = (weight.shape, weight.dtype, weight.device)
         if self.rule.redraw:
             self.like = (weight.shape, weight.dtype, weight.device)
         elif self.rule.random:

@@ -176,6 +176,8 @@ def _exchanged(y: Tensor, x: Tensor, key: int, name: str, rule: str, *random: Te
     """Let the operation that made y from x hand back what a local rule says."""
     state = conversions[key].layers[name]
     assert isinstance(state.rule, LocalRule) and state.std is not None
+    if state.rule.random and not random:
+        raise PassError(f"layer {state.label} has no feedback yet: run one ordinary training step first")
     backward = _Given(state.rule, random[0] if random else None, state.std)
     if y.grad_fn is not None and not exchange(y, backward, transposed=state.kind.transposed):
         raise PassError(f"layer {state.label}: torch.compile made something of its operation that the rule cannot use")

@@ -271,7 +271,13 @@ class LayerState:
         settled: role and scale are known: ports and tickets from now on.
         steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
-        ports: number of inputs that get feedback (one, except for blocks).
+        written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
+        traceable: a call of it alone could be part of a compiled graph.
+        in_graph: its calls are, since those of the layers it passes errors to and from can be too.
+        joins_traced: its output is joined to the pass there.
+        fixed: the feedback that graph is given; for direct rules, for each input one B for each of ``fixed_outputs``.
+        kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
+        random_as: shape, dtype and device of R, as the last pass needed it.
     """
 
     def __init__(
@@ -309,6 +315,7 @@ class LayerState:
         self.in_graph = False
         self.fixed: tuple[Tensor, ...] = ()
         self.fixed_outputs: tuple[str, ...] = ()
+        self.random_as: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
         self._made: dict[tuple[Any, ...], Tensor | Feedback] = {}
@@ -368,14 +375,14 @@ class LayerState:
         self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
-        if direct:
-            self.steady = (
-                "direct" if hidden and self.wiring.skip == "keep" and not self.watched and not self.picks else ""
-            )
-        else:
-            plain = isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges
-            self.steady = "local" if plain and not self.watched else ""
-        self.mirror = None
+        self.steady = ""
+        if self.watched or self.picks or not self.kind.local:
+            pass  # something special about its calls; a block may be given anything
+        elif direct:
+            self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
+        elif isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges:
+            self.steady = "local"
+        self._last = self.mirror = None
         self.written = repr(self.rule)
         self.traceable = self._traceable()
 
@@ -394,22 +401,23 @@ class LayerState:
     def prepare(self) -> None:
         """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
         self.refresh()
-        others = [state for state in self.wiring.layers.values() if state.ran and isinstance(state.rule, DirectRule)]
+        wiring, rule = self.wiring, self.rule
+        wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
+        ran = [state for state in wiring.layers.values() if state.ran]
+        direct = [state for state in ran if isinstance(state.rule, DirectRule)]
         # The layers of a pass find each other on one graph: all of them are part of it, or none.
-        self.in_graph = self.traceable and all(state.traceable and state._plain() for state in others)
-        self.joins_traced = self.role is Role.OUTPUT and any(
-            isinstance(state.rule, DirectRule) for state in self.wiring.layers.values()
-        )
+        together = all(state.traceable and state._plain() for state in direct) and not any(s.picks for s in ran)
+        self.in_graph = self.traceable and (together or not direct)
+        self.joins_traced = self.role is Role.OUTPUT and bool(direct)
         self.fixed = ()
-        rule = self.rule
         if isinstance(rule, DirectRule) and not rule.silent:
             made = {place: self._made_for(*place, shape) for place, shape in self.shapes.items()}
             self.fixed_outputs = tuple(dict.fromkeys(output for output, _ in made))
             places = [(output, index) for index in sorted({i for _, i in made}) for output in self.fixed_outputs]
             self.fixed = tuple(B for place in places if isinstance(B := made.get(place), Tensor))
             self.in_graph = self.in_graph and len(self.fixed) == len(places)
-        elif isinstance(rule, LocalRule) and rule.random and self._random:
-            self.fixed = (next(iter(self._random.values())),)
+        elif isinstance(rule, LocalRule) and rule.random and self.random_as is not None:
+            self.fixed = (self.random(rule, *self.random_as),)
 
     def _plain(self) -> bool:
         """Whether all its direct feedback is plain tensors."""
@@ -431,7 +439,7 @@ class LayerState:
 
         So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own.
         """
-        if view is weight or view.shape == weight.shape:
+        if view is weight or view.numel() == weight.numel():
             return 0
         return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
 
