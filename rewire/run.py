@@ -368,14 +368,22 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     rules: list[DirectRule] = []
     for feeder in [call, *feeders]:
         feeder.errors.append(error)
+        if len(feeder.errors) > 1:
+            feeder.state.rejoined = True
         if feeder.mirrored is not None:
-            (x, rule), ticket = feeder.mirrored, feeder.tickets[0]
+            x, rule = feeder.mirrored
+            if x is None:
+                raise PassError(
+                    f"layer {feeder.state.label}: one call of it feeds output layer {state.label} several times, which "
+                    "no pass did before. Run the pass again"
+                )
+            ticket = feeder.tickets[0]
             fits = ticket.shape == y.shape and ticket.dtype is y.dtype and call.pick is None
             if state.role is Role.OUTPUT and fits:
                 mirrored.append(ticket)
                 rules.append(rule)
-                if wiring.certain:  # no other output can come: x need not outlive its layer's backward
-                    feeder.mirrored = None
+                if wiring.certain and not feeder.state.rejoined:  # x need not outlive its layer's backward
+                    feeder.mirrored = None, rule
                     feeder.tickets = []
             else:  # not the output the ticket was made for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [error], 0, None, None, None)))
