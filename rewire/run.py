@@ -367,9 +367,9 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     mirrored: list[Tensor] = []
     rules: list[DirectRule] = []
     for feeder in [call, *feeders]:
-        feeder.errors.append(error)
-        if len(feeder.errors) > 1:
+        if not feeder.state.rejoined and any(other.state is state for other in feeder.errors):
             feeder.state.rejoined = True
+        feeder.errors.append(error)
         if feeder.mirrored is not None:
             x, rule = feeder.mirrored
             if x is None:

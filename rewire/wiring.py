@@ -305,7 +305,7 @@ class LayerState:
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
-        rejoined: one call of it was seen to feed an output layer several times, or several output layers.
+        rejoined: one call of it was seen to feed several calls of one layer.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
