@@ -170,7 +170,7 @@ def hand_back(
     if C is not None and rule.context:
         find_shapes(state, rule, errors, index, shape, dtype, device, pick)
         e = together(state, rule, errors, index, shape, dtype, pick)
-    if rule.watches:
+    if rule.watches and not state.wiring.rests:
         gather(state, rule, errors, index, shape, None, pick, seen, dtype)
     fed = state.hand_back(rule, errors, index, shape, dtype, device, pick)  # lets go of e
     if e is None or fed is None or C is None:
@@ -235,7 +235,7 @@ def step(wiring: Wiring) -> bool:
     changed = False
     for state in learners:
         assert isinstance(state.rule, LearnedDirect)
-        exact = state.rule.exact(wiring.passes)
+        exact = not wiring.rests and state.rule.exact(wiring.passes)
         changed |= exact != state.exact
         state.exact = exact
     return changed

@@ -69,6 +69,7 @@ class Wiring:
         news: of roles and scales.
         passed: for feedback that learns: there was a pass.
         passes: how many there were.
+        rests: nothing is learned now, and no pass is handed back exactly to learn from.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
@@ -98,6 +99,7 @@ class Wiring:
         self.news = False
         self.passed = False
         self.passes = 0
+        self.rests = False
         self.looked = False
         self.certain = False
         self.bypassed: set[Tensor] = set()
@@ -117,6 +119,13 @@ class Wiring:
     def _register(self) -> None:
         self.key = next(_keys)
         conversions[self.key] = self
+
+    def rest(self) -> None:
+        """Leave the feedback as it is from now on: for copies that are looked at."""
+        self.rests = True
+        for state in self.layers.values():
+            state.gathered = {}
+            state.refresh()
 
     @property
     def learns(self) -> bool:
@@ -160,7 +169,7 @@ class Wiring:
         if self.asked is not None:
             self._check_asked(state, is_output)
         if is_output:
-            if self.learns:
+            if self.learns and not self.rests:
                 self.passed = self.unsettled = True
             self.errors[state.name] = gradient.detach()
             if state.name not in self.outputs:
@@ -422,7 +431,8 @@ class LayerState:
         direct = isinstance(self.rule, DirectRule)
         rule = self.rule
         learns = isinstance(rule, LearnedDirect)
-        self.exact = isinstance(rule, LearnedDirect) and rule.exact(self.wiring.passes)
+        wiring = self.wiring
+        self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes)
         self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
