@@ -96,7 +96,7 @@ def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tens
 
 
 def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) -> Tensor | None:
-    """What the layer's own input x adds under a rule that looks at it: for a row of e and a row of x, e c C with c = x P.
+    """What the layer's own input x adds under a rule that looks at it: e c C for each row of e and of x, c being x P.
 
     Args:
         sent: what is projected, and its dimension with the n features.
