@@ -27,20 +27,24 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]
 
     def at(self, value: float) -> float:
-        """Where ``value`` lies, 0 to 1."""
+        """Where ``value`` lies, 0 to 1 if within."""
         low, high = self.low, self.high
         if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+            # What is not positive lies below everything.
+            low, high, value = math.log10(low), math.log10(high), math.log10(max(value, 1e-300))
         return (value - low) / (high - low)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One rule. ``ends`` are positions at which a seed stopped before the others, with words for it."""
+    """One rule. ``path`` and ``band`` are of the seeds that went to the end; those that did not are ``strays``, a path
+    each, and ``ends`` the places where they stopped, with words for it.
+    """
 
     label: str
     path: str
     band: str
+    strays: tuple[str, ...]
     ends: tuple[tuple[float, float, str], ...]
     means: tuple[float | None, ...]
 
@@ -68,10 +72,18 @@ def charts(report: Report, group: Group) -> list[Chart]:
 
 def _chart(title: str, group: Group, of: Callable[[Point], float | None], may_log: bool) -> Chart | None:
     seeds = {row.label: [_curve(each.history, of) for each in row.outcomes] for row in group.rows}
-    values = [value for curves in seeds.values() for curve in curves for value in curve.values()]
-    if not values:
+    every = [curve for curves in seeds.values() for curve in curves if curve]
+    if not every:
         return None
-    epochs = sorted({epoch for curves in seeds.values() for curve in curves for epoch in curve})
+    epochs = sorted({epoch for curve in every for epoch in curve})
+    # What diverges leaves the frame, so that it does not press all else flat.
+    done = [
+        curve
+        for row in group.rows
+        for outcome, curve in zip(row.outcomes, seeds[row.label], strict=True)
+        if outcome.status == "done" and curve
+    ]
+    values = [value for curve in done or every for value in curve.values()]
     x = _linear(epochs[0], epochs[-1], whole=True, widen=False)
     log = may_log and min(values) > 0 and max(values) / min(values) > 10
     y = _logarithmic(min(values), max(values)) if log else _linear(min(values), max(values))
@@ -92,29 +104,35 @@ def _curve(history: Sequence[Point], of: Callable[[Point], float | None]) -> dic
 
 
 def _line(row: Row, curves: list[dict[int, float]], epochs: Sequence[int], x: Axis, y: Axis) -> Line:
-    present = {epoch: [curve[epoch] for curve in curves if epoch in curve] for epoch in epochs}
+    whole = [curve for each, curve in zip(row.outcomes, curves, strict=True) if each.status == "done"]
+    present = {epoch: [curve[epoch] for curve in whole if epoch in curve] for epoch in epochs}
     at = {epoch: values for epoch, values in present.items() if values}
     mean = {epoch: statistics.fmean(values) for epoch, values in at.items()}
     top = [_place(x, y, epoch, max(values)) for epoch, values in at.items()]
     bottom = [_place(x, y, epoch, min(values)) for epoch, values in at.items()]
-    ends = []
+    ends, strays = [], []
     for outcome, curve in zip(row.outcomes, curves, strict=True):
         if outcome.status != "done" and curve:
             epoch = max(curve)
-            left, up = x.at(epoch), y.at(curve[epoch])
-            ends.append((left, up, f"{row.label}, seed {outcome.seed}: {outcome.status} after epoch {epoch}"))
+            left, down = _place(x, y, epoch, curve[epoch])
+            down = min(max(down, 0.0), float(BOX))
+            strays.append(_path([_place(x, y, epoch, value) for epoch, value in curve.items()]))
+            ends.append(
+                (left / BOX, 1 - down / BOX, f"{row.label}, seed {outcome.seed}: {outcome.status} after epoch {epoch}")
+            )
     several = any(len(values) > 1 for values in at.values())
     return Line(
         row.label,
-        _path([_place(x, y, epoch, value) for epoch, value in mean.items()]),
+        _path([_place(x, y, epoch, value) for epoch, value in mean.items()]) if mean else "",
         _path(top + bottom[::-1]) + "z" if several else "",
+        tuple(strays),
         tuple(ends),
         tuple(mean.get(epoch) for epoch in epochs),
     )
 
 
 def _place(x: Axis, y: Axis, epoch: float, value: float) -> tuple[float, float]:
-    return BOX * x.at(epoch), BOX * (1 - y.at(value))
+    return BOX * x.at(epoch), BOX * (1 - min(max(y.at(value), -1.0), 2.0))  # beyond that nobody sees it
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
@@ -138,10 +156,10 @@ def _linear(low: float, high: float, *, whole: bool = False, widen: bool = True)
     first, last = (math.floor(low / step), math.ceil(high / step)) if widen else (low / step, high / step)
     low, high = first * step, last * step
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    marks = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
-    return Axis(
-        low, high, False, tuple(((mark * step - low) / (high - low), f"{mark * step:.{digits}f}") for mark in marks)
-    )
+    marks = [mark * step for mark in range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)]
+    if not widen and (not marks or marks[0] - low >= step / 2):
+        marks.insert(0, low)
+    return Axis(low, high, False, tuple(((mark - low) / (high - low), f"{mark:.{digits}f}") for mark in marks))
 
 
 def _step(rough: float) -> float:

@@ -25,7 +25,7 @@ class Heat:
     """One rule's heat map.
 
     ``angles`` is layers × columns in degrees, None where no seed could measure; ``paths`` has for each colour in
-    use the cells of that colour in a box of columns × layers; ``last`` each layer's newest angle.
+    use the cells of that colour in a box of columns × layers; ``last`` is each layer's angle in the last column.
     """
 
     label: str
@@ -40,8 +40,7 @@ class Heat:
     @property
     def exact(self) -> bool:
         """Whether all of it is backprop's own gradient: nothing to draw."""
-        known = [angle for row in self.angles for angle in row if angle is not None]
-        return bool(known) and max(known) < 0.5
+        return all(angle is not None and angle < 0.5 for row in self.angles for angle in row)
 
 
 def heat(row: Row) -> Heat | None:
@@ -60,7 +59,7 @@ def heat(row: Row) -> Heat | None:
         tuple(_mean_angle(name, (moment for when in column for moment in moments[when])) for column in columns)
         for name in layers
     )
-    last = tuple(next((angle for angle in reversed(each) if angle is not None), None) for each in angles)
+    last = tuple(each[-1] for each in angles)
     known = [angle for angle in last if angle is not None]
     words = (
         f"mean {statistics.fmean(known):.0f}°, from {min(known):.0f}° to {max(known):.0f}° over layers"
@@ -101,7 +100,9 @@ def end_of(outcomes: Iterable[Outcome], layer: str, number: str) -> float | None
 def note_of(outcomes: Iterable[Outcome], layer: str) -> str:
     """What the last records of ``layer`` say beside numbers, each once."""
     notes = [
-        each.alignment[-1].layers[layer].note for each in outcomes if each.alignment and layer in each.alignment[-1].layers
+        each.alignment[-1].layers[layer].note
+        for each in outcomes
+        if each.alignment and layer in each.alignment[-1].layers
     ]
     return "; ".join(dict.fromkeys(note for note in notes if note))
 

@@ -15,9 +15,9 @@ import rewire
 
 from . import words
 from .curves import BOX, Chart, charts
-from .flags import explain, flags, recorded
+from .flags import flags, recorded
 from .heat import COLOURS, Heat, colours, end_of, heat, note_of
-from .runs import count, environments
+from .runs import Outcome, count, environments
 from .table import Group, Report, Row, described, plain
 
 _HERE = Path(__file__).parent
@@ -30,6 +30,7 @@ _LAYER_NUMBERS = {
     "feedback_angle": "W to B angle",
     "feedback_ratio": "‖B‖ ÷ ‖W‖",
     "activation_norm": "activation norm",
+    "growth": "its growth",
     "norm": "gradient norm",
     "backprop_norm": "backprop’s norm",
 }
@@ -59,17 +60,18 @@ def page(report: Report) -> str:
         cells=_counts(report),
         described=described,
         environments=environments(report.collected.runs),
-        trouble=[(view, row, each) for view in views for row in view.rows for each in row.outcomes if _bad(each)],
+        trouble=[
+            (view, row, each) for view in views for row in view.rows for each in row.outcomes if each.status != "done"
+        ],
         data={"charts": [_hover(chart, paint) for chart in drawn], "heats": [_hover_heat(each) for each in maps]},
         chart_number={id(chart): number for number, chart in enumerate(drawn)},
         heat_number={id(each): number for number, each in enumerate(maps)},
         paint=paint,
         box=BOX,
         ramp=range(COLOURS),
-        layer_numbers=_LAYER_NUMBERS,
         end_of=end_of,
         note_of=note_of,
-        explain=explain,
+        short=_tail,
         pretty=lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
         style=Markup(style),  # ours, as is
         script=Markup(script),
@@ -87,14 +89,31 @@ class _View:
         self.heats = [each for row in group.rows if (each := heat(row)) is not None]
         self.flags = flags(group)
         self.recorded = recorded(group)
+        self.layer_numbers = {
+            key: name
+            for key, name in _LAYER_NUMBERS.items()
+            if any(
+                layer.numbers[key] is not None for row in group.rows for m in row.last for layer in m.layers.values()
+            )
+        }
         self.in_short = words.in_short(report, group)
-        values = [value for row in group.rows for value in row.values.values()]
+        done = [value for row in group.rows for each in row.outcomes if (value := self._done(report, each)) is not None]
+        values = done or [value for row in group.rows for value in row.values.values()]
         self.low, self.high = min(values, default=0.0), max(values, default=1.0)
 
+    @staticmethod
+    def _done(report: Report, outcome: Outcome) -> float | None:
+        return report.value(outcome.accuracy) if outcome.status == "done" else None
+
     def at(self, value: float) -> float:
-        """Where ``value`` lies between the lowest and the highest of the group, as a share of the drawing's box."""
+        """Where ``value`` lies in the drawing's box, between the group's lowest and highest seed that did not diverge."""
         room = self.high - self.low
-        return BOX * (0.04 + 0.92 * ((value - self.low) / room if room else 0.5))
+        share = (value - self.low) / room if room else 0.5
+        return BOX * (0.04 + 0.92 * min(max(share, -0.02), 1.02))
+
+    def within(self, value: float) -> bool:
+        """Whether ``value`` lies between these."""
+        return self.low <= value <= self.high
 
     def has(self, name: str) -> bool:
         """Whether any cell has this number."""
@@ -119,9 +138,7 @@ class _Paint:
         ink = [label for label in report.labels if label in inked]
         rest = [label for label in report.labels if label not in inked]
         self._classes = {label: f"c0 d{number % 4}" for number, label in enumerate(ink)}
-        self._classes |= {
-            label: f"c{number % _HUES + 1} d{number // _HUES % 4}" for number, label in enumerate(rest)
-        }
+        self._classes |= {label: f"c{number % _HUES + 1} d{number // _HUES % 4}" for number, label in enumerate(rest)}
         self._numbers = {label: number for number, label in enumerate(report.labels)}
 
     def __call__(self, label: str) -> str:
@@ -163,12 +180,13 @@ def _short(value: float | None) -> float | None:
 def _counts(report: Report) -> list[tuple[int, str]]:
     outcomes = report.collected.outcomes
     every = [(sum(each.status == status for each in outcomes), status) for status in ("done", "diverged", "failed")]
-    flagged = sum(any(moment.flags for moment in each.alignment) for each in outcomes)
+    flagged = sum(bool(each.alignment and each.alignment[-1].flags) for each in outcomes)
     return every + ([(flagged, "flagged")] if any(each.alignment for each in outcomes) else [])
 
 
-def _bad(outcome: Any) -> bool:
-    return outcome.status != "done"
+def _tail(name: str, length: int = 22) -> str:
+    """The end of a layer's name, which tells layers apart."""
+    return name if len(name) <= length else f"…{name[1 - length :].lstrip('.')}"
 
 
 def _text(value: float | None, digits: int = 1, unit: str = "") -> str:
@@ -187,4 +205,3 @@ def _ramp() -> str:
         return "".join(f".h{number}{{fill:{each};background:{each}}}" for number, each in enumerate(colours(dark)))
 
     return f"{rules(False)}@media screen and (prefers-color-scheme:dark){{{rules(True)}}}"
-

@@ -18,7 +18,7 @@ _OUTCOME = {
 }  # fmt: skip
 _LAYER_NUMBERS = (
     "weight_angle", "input_angle", "feedback_angle", "feedback_ratio",
-    "activation_norm", "norm", "backprop_norm", "null_angle",
+    "activation_norm", "growth", "norm", "backprop_norm", "null_angle",
 )  # fmt: skip
 
 

@@ -70,8 +70,8 @@ class Row:
 
     @property
     def flagged(self) -> bool:
-        """Whether any seed has a trust flag at any time."""
-        return any(moment.flags for each in self.outcomes for moment in each.alignment)
+        """Whether any seed has a trust flag at the end, where its Γ is from."""
+        return any(moment.flags for moment in self.last)
 
     def count(self, status: str) -> int:
         """Seeds that ended with ``status``."""
@@ -200,7 +200,8 @@ def described(settings: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {plain(value)}"
         for name, value in settings.items()
-        if value not in (None, "", [], {})
+        # Zero of anything here is the same as not having it.
+        if value or value is False
     )
 
 
@@ -225,9 +226,18 @@ def _against(rows: list[Row], rule: str) -> list[Row]:
     others = [row for row in rows if row.rule != rule]
     same = {_canonical(row.options): row for row in reversed(baselines)}
     return [replace(row, is_baseline=True) for row in baselines] + [
-        replace(row, comparison=compare(row.values, same.get(_canonical(row.options), baselines[0]).values))
-        for row in others
+        replace(row, comparison=_compared(row, same.get(_canonical(row.options), baselines[0]))) for row in others
     ]
+
+
+def _compared(row: Row, baseline: Row) -> Comparison | None:
+    found = compare(row.values, baseline.values)
+    # One seed at chance among others at 98 % is nothing a t-test is made for, and the fact says more.
+    for each, whose in ((row, ""), (baseline, f" of {baseline.label}")):
+        if found is not None and each.count("diverged"):
+            words = f"{each.count('diverged')} of {len(each.outcomes)}{whose} diverged"
+            return Comparison(found.difference, words)
+    return found
 
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:

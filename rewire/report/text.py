@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import words
-from .flags import explain, flags, recorded
+from .flags import flags, recorded
 from .runs import environments
 from .table import Report, Row, Spread, described, plain
 
@@ -32,7 +32,7 @@ def as_csv(report: Report) -> str:
 
 def _numbers(report: Report, row: Row) -> dict[str, Any]:
     found = row.comparison
-    trust = [explain(words) for moment in row.last for words in moment.flags]
+    trust = [words for moment in row.last for words in moment.flags]
     return {
         "seeds": len(row.outcomes),
         **{status: row.count(status) for status in ("done", "diverged", "failed")},
@@ -71,7 +71,12 @@ def as_markdown(report: Report) -> str:
         out += [f"{_safe(described(report.common))}.", ""]
     out += [f"- {_safe(note)}." for note in report.notes]
     for group in report.groups:
-        out += ["", f"## {_safe(group.title)}", "", *(_safe(sentence) + "  " for sentence in words.in_short(report, group))]
+        out += [
+            "",
+            f"## {_safe(group.title)}",
+            "",
+            *(_safe(sentence) + "  " for sentence in words.in_short(report, group)),
+        ]
         compared, aligned = group.baseline is not None, recorded(group)
         head = ["rule", f"test {report.metric}, %", "seeds"]
         head += [f"difference to {report.baseline}", "p", "finding"] if compared else []
@@ -102,21 +107,30 @@ def as_markdown(report: Report) -> str:
         out += ["", "## Trust flags", ""]
         out += _table(
             ["setting", "rule", "what was found", "seeds", "first"],
-            [[each.group.title, each.row.label, explain(each.words), f"{each.seeds} of {each.of}", each.first] for each in found],
+            [
+                [each.group.title, each.row.label, each.words, f"{each.seeds} of {each.of}", each.first]
+                for each in found
+            ],
         )
     trouble = [each for each in report.collected.outcomes if each.status != "done"]
     if trouble:
         out += ["", "## Failed and diverged", ""]
         out += _table(
             ["cell", "how it ended", "message"],
-            [[described(each.cell), each.status, ((each.error or "").strip().splitlines() or [""])[-1]] for each in trouble],
+            [
+                [described(each.cell), each.status, ((each.error or "").strip().splitlines() or [""])[-1]]
+                for each in trouble
+            ],
         )
     out += ["", "## To repeat it"]
     for run in report.collected.runs:
         out += ["", f"{_safe(run.name)}:", "", *_code(run.command or "(the command line was not kept)")]
     found_environment = environments(report.collected.runs)
     if found_environment:
-        out += ["", *_table(["", *(run.name for run in report.collected.runs)], [[n, *v] for n, v in found_environment])]
+        out += [
+            "",
+            *_table(["", *(run.name for run in report.collected.runs)], [[n, *v] for n, v in found_environment]),
+        ]
     return "\n".join(out) + "\n"
 
 

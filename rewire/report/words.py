@@ -19,17 +19,21 @@ def loss(spread: Spread | None) -> str:
     """A loss may be 0.0004 or 1e30: four significant digits, each of the mean and the deviation."""
     if spread is None:
         return MISSING
-    if 1e-2 <= spread.mean < 1e4:
+    if 1e-3 <= spread.mean < 1e4:
         return spread.text(4 if spread.mean < 1 else 3)
     return f"{spread.mean:.2e}" + ("" if spread.deviation is None else f" ± {spread.deviation:.1e}")
 
 
 def difference(comparison: Comparison) -> str:
     """In percentage points, with its confidence interval where there is one."""
-    text = signed(comparison.difference)
-    if comparison.low is not None and comparison.high is not None:
-        text += f" [{signed(comparison.low)}, {signed(comparison.high)}]"
-    return text
+    return " ".join(part for part in (signed(comparison.difference), interval(comparison)) if part)
+
+
+def interval(comparison: Comparison) -> str:
+    """``[−1.49, −0.56]``, or nothing."""
+    if comparison.low is None or comparison.high is None:
+        return ""
+    return f"[{signed(comparison.low)}, {signed(comparison.high)}]"
 
 
 def signed(value: float) -> str:
@@ -84,6 +88,9 @@ def in_short(report: Report, group: Group) -> list[str]:
     ):
         if words in found:
             sentences.append(f"{start} {_listed(found[words])}.")
+    stopped = [f"{row.label} ({ended(row)})" for row in group.rows if ended(row)]
+    if stopped:
+        sentences.append(f"Not every seed went to the end: {_listed(stopped)}.")
     flagged = [row.label for row in group.rows if row.flagged]
     if flagged:
         sentences.append(f"Alignment not to be trusted as it stands: {_listed(flagged)}.")

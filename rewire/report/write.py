@@ -12,7 +12,11 @@ from rewire.ablation.inputs import one_of
 from rewire.errors import InputError
 
 FORMATS = {"html": "html", "csv": "csv", "markdown": "md"}
-_NEEDED = {"html": ("jinja2", "scipy", "statsmodels"), "csv": ("scipy", "statsmodels"), "markdown": ("scipy", "statsmodels")}
+_NEEDED = {
+    "html": ("jinja2", "scipy", "statsmodels"),
+    "csv": ("scipy", "statsmodels"),
+    "markdown": ("scipy", "statsmodels"),
+}
 
 
 def render(

@@ -62,7 +62,9 @@ def moment(rule: str, angle: float, step: int, epochs: int, every: int, chance: 
     if rule.startswith("sdfa") and step > 200:
         for name in LAYERS[:2]:
             layers[name] |= {"weight_angle": None, "note": "backprop's gradient is at the floor"}
-        flags = [f"backprop's gradient is at the floor of float32 in {len(LAYERS[:2])} layers, norm 1.{step}e-9"]
+        flags = [f"backprop's gradient is at the numeric floor: not measurable: conv1 (turns by {step}°), conv2"]
+    elif angle and step == 0:
+        flags = ["not distinguishable from chance: " + ", ".join(f"{each} (88.1°, by chance 89.5°)" for each in LAYERS)]
     if rule == "shallow":
         layers = {
             name: each | {"weight_angle": None if name != "head" else 0.0, "note": "no gradient arrives"}
