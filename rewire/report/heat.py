@@ -99,11 +99,8 @@ def end_of(outcomes: Iterable[Outcome], layer: str, number: str) -> float | None
 
 def note_of(outcomes: Iterable[Outcome], layer: str) -> str:
     """What the last records of ``layer`` say beside numbers, each once."""
-    notes = [
-        each.alignment[-1].layers[layer].note
-        for each in outcomes
-        if each.alignment and layer in each.alignment[-1].layers
-    ]
+    last = [each.alignment[-1].layers for each in outcomes if each.alignment]
+    notes = [layers[layer].note for layers in last if layer in layers]
     return "; ".join(dict.fromkeys(note for note in notes if note))
 
 

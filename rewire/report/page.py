@@ -47,7 +47,7 @@ def page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": plain, "text": _text, "ident": id}
+    environment.filters.update(plain=plain, text=_text, ident=id)
     paint = _Paint(report)
     views = [_View(report, group) for group in report.groups]
     drawn = [chart for view in views for chart in view.charts]
@@ -59,6 +59,7 @@ def page(report: Report) -> str:
         version=rewire.__version__,
         cells=_counts(report),
         described=described,
+        flags=[flag for view in views for flag in view.flags],
         environments=environments(report.collected.runs),
         trouble=[
             (view, row, each) for view in views for row in view.rows for each in row.outcomes if each.status != "done"
@@ -89,12 +90,9 @@ class _View:
         self.heats = [each for row in group.rows if (each := heat(row)) is not None]
         self.flags = flags(group)
         self.recorded = recorded(group)
+        ends = [layer for row in group.rows for moment in row.last for layer in moment.layers.values()]
         self.layer_numbers = {
-            key: name
-            for key, name in _LAYER_NUMBERS.items()
-            if any(
-                layer.numbers[key] is not None for row in group.rows for m in row.last for layer in m.layers.values()
-            )
+            key: name for key, name in _LAYER_NUMBERS.items() if any(layer.numbers[key] is not None for layer in ends)
         }
         self.in_short = words.in_short(report, group)
         done = [value for row in group.rows for each in row.outcomes if (value := self._done(report, each)) is not None]
@@ -106,7 +104,7 @@ class _View:
         return report.value(outcome.accuracy) if outcome.status == "done" else None
 
     def at(self, value: float) -> float:
-        """Where ``value`` lies in the drawing's box, between the group's lowest and highest seed that did not diverge."""
+        """Where ``value`` lies in the drawing's box, from the group's lowest to its highest seed that did not diverge."""
         room = self.high - self.low
         share = (value - self.low) / room if room else 0.5
         return BOX * (0.04 + 0.92 * min(max(share, -0.02), 1.02))

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import words
 from .flags import flags, recorded
-from .runs import environments
+from .runs import count, environments
 from .table import Report, Row, Spread, described, plain
 
 
@@ -71,12 +71,8 @@ def as_markdown(report: Report) -> str:
         out += [f"{_safe(described(report.common))}.", ""]
     out += [f"- {_safe(note)}." for note in report.notes]
     for group in report.groups:
-        out += [
-            "",
-            f"## {_safe(group.title)}",
-            "",
-            *(_safe(sentence) + "  " for sentence in words.in_short(report, group)),
-        ]
+        out += ["", f"## {_safe(group.title)}", ""]
+        out += [f"- {_safe(sentence)}" for sentence in words.in_short(report, group)]
         compared, aligned = group.baseline is not None, recorded(group)
         head = ["rule", f"test {report.metric}, %", "seeds"]
         head += [f"difference to {report.baseline}", "p", "finding"] if compared else []
@@ -106,9 +102,16 @@ def as_markdown(report: Report) -> str:
     if found:
         out += ["", "## Trust flags", ""]
         out += _table(
-            ["setting", "rule", "what was found", "seeds", "first"],
+            ["setting", "rule", "what was found", "seeds", "first", "at the end"],
             [
-                [each.group.title, each.row.label, each.words, f"{each.seeds} of {each.of}", each.first]
+                [
+                    each.group.title,
+                    each.row.label,
+                    each.words,
+                    f"{each.seeds} of {each.of}",
+                    each.first,
+                    f"still, in {count(each.at_end, 'seed')}" if each.at_end else "no longer",
+                ]
                 for each in found
             ],
         )
@@ -125,12 +128,10 @@ def as_markdown(report: Report) -> str:
     out += ["", "## To repeat it"]
     for run in report.collected.runs:
         out += ["", f"{_safe(run.name)}:", "", *_code(run.command or "(the command line was not kept)")]
-    found_environment = environments(report.collected.runs)
-    if found_environment:
-        out += [
-            "",
-            *_table(["", *(run.name for run in report.collected.runs)], [[n, *v] for n, v in found_environment]),
-        ]
+    where = environments(report.collected.runs)
+    if where:
+        names = [run.name for run in report.collected.runs]
+        out += ["", *_table(["", *names], [[name, *values] for name, values in where])]
     return "\n".join(out) + "\n"
 
 

@@ -12,11 +12,7 @@ from rewire.ablation.inputs import one_of
 from rewire.errors import InputError
 
 FORMATS = {"html": "html", "csv": "csv", "markdown": "md"}
-_NEEDED = {
-    "html": ("jinja2", "scipy", "statsmodels"),
-    "csv": ("scipy", "statsmodels"),
-    "markdown": ("scipy", "statsmodels"),
-}
+_NEEDED = ("jinja2", "scipy", "statsmodels")
 
 
 def render(
@@ -28,7 +24,7 @@ def render(
         InputError: no results, no such format, metric or baseline, or the extra ``rewire[report]`` is missing.
     """
     one_of("format", format, FORMATS)
-    missing = [name for name in _NEEDED[format] if importlib.util.find_spec(name) is None]
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"reports need {' and '.join(missing)}: pip install 'rewire[report]'")
     # Here, as training should not need what only reports do.
