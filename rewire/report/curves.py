@@ -169,12 +169,13 @@ def _step(rough: float) -> float:
 
 def _logarithmic(low: float, high: float) -> Axis:
     # A margin of a twentieth of the range, so that no line runs along the frame.
-    margin = (high / low) ** 0.05
-    low, high = low / margin, high * margin
+    start, end = math.log10(low), math.log10(high)
+    margin = 0.05 * (end - start)
+    low, high = 10 ** max(start - margin, -307), 10 ** min(end + margin, 307)
     bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if top - bottom <= 3 else (1,)
     every = max(1, math.ceil((top - bottom) / 6))
-    marks = [factor * 10.0**power for power in range(bottom, top + 1, every) for factor in factors]
+    marks = [factor * 10.0**power for power in range(bottom, min(top, 307) + 1, every) for factor in factors]
     axis = Axis(low, high, True, ())
     ticks = tuple((axis.at(mark), f"{mark:g}") for mark in marks if low <= mark <= high)
     return Axis(low, high, True, ticks)

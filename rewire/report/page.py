@@ -104,7 +104,7 @@ class _View:
         return report.value(outcome.accuracy) if outcome.status == "done" else None
 
     def at(self, value: float) -> float:
-        """Where ``value`` lies in the drawing's box, from the group's lowest to its highest seed that did not diverge."""
+        """Where ``value`` lies in the drawing's box, from the group's lowest to its highest finished seed."""
         room = self.high - self.low
         share = (value - self.low) / room if room else 0.5
         return BOX * (0.04 + 0.92 * min(max(share, -0.02), 1.02))
