@@ -54,19 +54,22 @@ def write(
     text = render(folders, format=format, baseline=baseline, metric=metric)
     place = folders[0] / f"report.{FORMATS[format]}" if out is None else out
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="", dir=place.parent, prefix=f".{place.name}.", delete=False
-        ) as file:
-            file.write(text)
-        try:
-            # A temporary file is for its owner alone; a report is for whom other files are.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(file.name, 0o666 & ~mask)
-            os.replace(file.name, place)
-        except OSError:
-            os.unlink(file.name)
-            raise
+        _replace(place, text)
     except OSError as error:
         raise InputError(f"cannot write {place}: {error.strerror}") from error
     return place
+
+
+def _replace(place: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        # A temporary file is for its owner alone; a report is for whom other files are.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, place)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -108,7 +108,7 @@ def grid(seeds: int = 5) -> list[dict[str, Any]]:
     place = {(each["cell"]["model"], each["cell"]["rule"], each["cell"]["seed"]): i for i, each in enumerate(lines)}
     lines[place["cnn", "sdfa(layout=auto)", 1]] = diverged("sdfa(layout=auto)", 1, model="cnn")
     error = 'Traceback (most recent call last):\n  File "x.py", line 1\nRuntimeError: <script>alert(1)</script> & more'
-    lines[place["cnn", "dfa", 2]] = failed("dfa", 2, error, model="cnn")
+    lines[place["cnn", "dfa", 1]] = failed("dfa", 1, error, model="cnn")
     return lines
 
 

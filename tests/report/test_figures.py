@@ -199,7 +199,9 @@ def test_colours_run_from_the_page_to_both_ends() -> None:
         assert len(ramp) == len(set(ramp)) == COLOURS
         sign = -1 if dark else 1
         middle = COLOURS // 2
-        assert sign * light(ramp[middle]) > sign * light(ramp[0]) and sign * light(ramp[middle]) > sign * light(ramp[-1])
+        assert sign * light(ramp[middle]) > sign * light(ramp[0]) and sign * light(ramp[middle]) > sign * light(
+            ramp[-1]
+        )
 
 
 def test_flags_of_a_kind_are_one_with_where_and_when(tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ def test_runs_are_merged_and_a_cell_counts_once(tmp_path: Path) -> None:
     assert found["bp", 0].status == "done"  # a later failure does not undo a result
     assert found["bp", 1].accuracy == 0.25
     assert len(collected.notes) == 1
-    assert collected.notes[0].startswith("3 results came more than once") and "In 1 of these cases" in collected.notes[0]
+    assert (
+        collected.notes[0].startswith("3 results came more than once") and "In 1 of these cases" in collected.notes[0]
+    )
 
 
 def test_different_environments_are_pointed_out(tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"no results.jsonl in .*runs; runs in it: .*runs/one$"):
         read([tmp_path / "runs"])
-    with pytest.raises(InputError, match="no results.jsonl in .*nowhere$"):
+    with pytest.raises(InputError, match=r"no results.jsonl in .*nowhere$"):
         read([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="no finished cell in"):
         read([write(tmp_path / "empty", [], torn='{"cell"')])

@@ -74,7 +74,9 @@ def test_options_of_a_rule_make_rows_each_against_the_baseline_of_its_kind(tmp_p
 
 
 def test_one_baseline_serves_rules_with_options_it_lacks(tmp_path: Path) -> None:
-    plain = [each | {"cell": cell("bp", seed, feedback=None)} for seed, each in enumerate(scored("bp", 0.9, 0.91, 0.93))]
+    plain = [
+        each | {"cell": cell("bp", seed, feedback=None)} for seed, each in enumerate(scored("bp", 0.9, 0.91, 0.93))
+    ]
     report = made(tmp_path, *plain, *scored("dfa", 0.8, 0.85, 0.81), *scored("dfa", 0.7, 0.7, 0.71, feedback="channel"))
 
     assert [row.label for row in report.groups[0].rows] == ["bp", "dfa · feedback=dense", "dfa · feedback=channel"]
@@ -147,7 +149,8 @@ def test_flags_count_where_gamma_is_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "shown"), [(None, "–"), (0.0004, "< 0.001"), (0.0123, "0.012"), (0.049, "0.049"), (0.24, "0.24"), (1.0, "1.00")]
+    ("p", "shown"),
+    [(None, "–"), (0.0004, "< 0.001"), (0.0123, "0.012"), (0.049, "0.049"), (0.24, "0.24"), (1.0, "1.00")],
 )
 def test_p_values_are_never_nothing(p: float | None, shown: str) -> None:
     assert words.p_value(p) == shown
