@@ -101,7 +101,7 @@ def how_tested(report: Report) -> str:
     """What stands behind the p-values, in one or two sentences."""
     if not report.tests:
         return "Nothing was tested: a test needs at least three seeds of a rule and of the baseline."
-    several = f", corrected for all {report.tests} comparisons of this report (Holm)" if report.tests > 1 else ""
+    several = f", corrected for the {report.tests} comparisons of this report (Holm)" if report.tests > 1 else ""
     return (
         f"Difference: mean of the rule minus mean of {report.baseline}, in percentage points, with its 95 % confidence "
         f"interval (not corrected). p: two-sided t-test, paired by seed where at least three seeds match, else "
