@@ -148,3 +148,10 @@ def test_a_command_may_be_a_list(tmp_path: Path) -> None:
 def test_cells_are_told_apart_by_all_their_fields(tmp_path: Path) -> None:
     lines = [line(), line() | {"cell": cell(lr=0.1)}, line() | {"cell": cell(feedback="channel")}]
     assert len(read([write(tmp_path / "a", lines)]).outcomes) == 3
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
+    """U+2028 and the like end lines in some readers' eyes, and stand unescaped in JSON of others."""
+    folder = write(tmp_path / "a", [], torn=json.dumps(failed("fa", 0, "one\u2028two\x85"), ensure_ascii=False) + "\n")
+    (outcome,) = read([folder]).outcomes
+    assert outcome.error == "one\u2028two\x85"
