@@ -31,7 +31,7 @@ help:
 $(BASE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e ".[data]"
+	$(PIP) install -e ".[data,report]"
 	@touch $@
 
 $(DEV): $(BASE)
