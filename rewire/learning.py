@@ -226,6 +226,8 @@ def step(wiring: Wiring) -> bool:
     wiring.passes += 1
     learners = [state for state in wiring.layers.values() if isinstance(state.rule, LearnedDirect)]
     _sum_over_ranks(learners)
+    samples = [sums["samples"] for state in learners if state.exact for sums in state.gathered.values()]
+    wiring.probed = wiring.probed + max(int(number) for number in samples) if samples else 0
     for state in learners:
         rule = state.rule
         assert isinstance(rule, LearnedDirect)
@@ -235,7 +237,7 @@ def step(wiring: Wiring) -> bool:
     changed = False
     for state in learners:
         assert isinstance(state.rule, LearnedDirect)
-        exact = not wiring.rests and state.rule.exact(wiring.passes)
+        exact = not wiring.rests and state.rule.exact(wiring.passes, wiring.probed)
         changed |= exact != state.exact
         state.exact = exact
     return changed
@@ -250,6 +252,13 @@ def _sum_over_ranks(learners: list[LayerState]) -> None:
 
 
 def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> None:
+    if not all(bool(value.isfinite().all()) for value in sums.values()):
+        state.wiring.warn_once(
+            f"learn:{state.name}",
+            f"layer {state.label}: a pass from which its feedback was to learn is not finite, and is left out (usual for "
+            "the first steps under a gradient scaler)",
+        )
+        return
     held = [state.held(output, index) for output, i in state.shapes if i == index]
     B = torch.cat([b.flatten(1) for b in held]).to(next(iter(sums.values())).dtype)
     memory = state.memory(index)

@@ -69,6 +69,7 @@ class Wiring:
         news: of roles and scales.
         passed: for feedback that learns: there was a pass.
         passes: how many there were.
+        probed: samples shown by those of them, up to the newest, that were handed back exactly without a break.
         rests: nothing is learned now, and no pass is handed back exactly to learn from.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
@@ -99,6 +100,7 @@ class Wiring:
         self.news = False
         self.passed = False
         self.passes = 0
+        self.probed = 0
         self.rests = False
         self.looked = False
         self.certain = False
@@ -432,7 +434,7 @@ class LayerState:
         rule = self.rule
         learns = isinstance(rule, LearnedDirect)
         wiring = self.wiring
-        self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes)
+        self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes, wiring.probed)
         self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
@@ -853,7 +855,7 @@ class LayerState:
     def remember(self, index: int, memory: dict[str, Tensor]) -> None:
         """Keep what the rule has changed, and let nobody use an older B."""
         kept = {self._name(what, index): tensor for what, tensor in memory.items()}
-        kept[f"{self.tag}passes"] = torch.tensor(self.wiring.passes)  # kept up to date by count()
+        kept[f"{self.tag}passes"] = self._counts()  # kept up to date by count()
         for name, tensor in kept.items():
             before = self.learned.get(name)
             if before is not None and before.shape == tensor.shape and before.dtype == tensor.dtype:
@@ -864,11 +866,14 @@ class LayerState:
                 self.unlink()
         self.drop_copies()
 
+    def _counts(self) -> Tensor:
+        return torch.tensor([self.wiring.passes, self.wiring.probed])
+
     def count(self, module: nn.Module) -> None:
         """Before saving: everything is in the module, and so is the number of passes."""
         passes = self.learned.get(f"{self.tag}passes")
         if passes is not None:
-            passes.fill_(self.wiring.passes)
+            passes.copy_(self._counts())
         self.link(module)
 
     def unlink(self) -> None:
@@ -899,7 +904,7 @@ class LayerState:
         self.learned = found
         passes = found.get(f"{self.tag}passes")
         if passes is not None:
-            self.wiring.passes = max(self.wiring.passes, int(passes))
+            self.wiring.passes, self.wiring.probed = (int(number) for number in passes)
         if self.scale is None:
             self.scale, self.scale_note = 1.0, "learned, and loaded"
         self.forget_routes()

@@ -145,8 +145,13 @@ class LearnedDirect(DirectRule):
     watches: ClassVar[bool] = False
     context: int = 0
 
-    def exact(self, passes: int) -> bool:
-        """Whether pass number ``passes`` is handed back exactly, as under ``bp``. The first is 0."""
+    def exact(self, passes: int, probed: int) -> bool:
+        """Whether the next pass is handed back exactly, as under ``bp``.
+
+        Args:
+            passes: its number; the first is 0.
+            probed: samples that the exact passes right before it have shown; 0 if the last was not exact.
+        """
         return False
 
     def gather(self, rows: Rows) -> dict[str, Tensor]:
