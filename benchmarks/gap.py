@@ -8,9 +8,10 @@ errors. Runs are added to ``benchmarks/results/gap.jsonl`` as they finish, and f
 runs them again. Times are CPU seconds of training.
 
 Tasks:
-    transformer  six pre-norm blocks, 64 wide, on scikit-learn's digits as 8 tokens of 8 pixels; Adam 1e-3, batch 32, 20 epochs
-    resnet       four residual blocks with BatchNorm, 16 to 64 channels, on 20,000 images of Fashion-MNIST; Adam 1e-3, batch
-                 64, 2 epochs
+    transformer  six pre-norm blocks, 64 wide, on scikit-learn's digits as 8 tokens of 8 pixels; Adam 1e-3, batch 32,
+                 20 epochs
+    resnet       four residual blocks with BatchNorm, 16 to 64 channels, on 20,000 images of Fashion-MNIST; Adam 1e-3,
+                 batch 64, 2 epochs
     lenet        the LeNet of ``make fashion``, Adam 1e-3, batch 64, 3 epochs
     lenet-sgd    the same with SGD 0.01, momentum 0.9
 """

@@ -13,7 +13,7 @@ from rewire import hosts, learned, structures
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.layers.own_forward import OwnForward
-from rewire.rules import DirectRule, LocalRule, Rule, resolve
+from rewire.rules import DirectRule, LearnedDirect, LocalRule, Rule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
 from rewire.wiring import LayerState, Role, Wiring, weight_scale
@@ -206,6 +206,7 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     states = [state for _, state in _states(model)]
     for state in states:
         check_rule(state.name, state.kind, chosen)
+        _check_learns(state, chosen)
     before = [state.rule for state in states]
     try:
         for state in states:
@@ -237,6 +238,17 @@ def _check_options(skip: object, scale: object, seed: object) -> None:
 def _check_structure(rule: Rule) -> None:
     if isinstance(rule, DirectRule) and rule.feedback is not None:
         structures.resolve(rule.feedback)
+
+
+def _check_learns(state: LayerState, rule: Rule | None = None) -> None:
+    """Feedback that learns is a matrix of its own, not one that structures make."""
+    rule = state.rule if rule is None else rule
+    structure = state.structure(rule)
+    if isinstance(rule, LearnedDirect) and not isinstance(structure, structures.Dense):
+        raise ConversionError(
+            f"layer {state.label}: {rule!r} learns all of B, which feedback {structure!r} does not keep: use 'dense', "
+            "'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
+        )
 
 
 def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -279,6 +291,7 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
             state.std, state.std_note = weight_scale(weight)
     if wiring.asked is not None and choice.name in wiring.asked:
         state.role = Role.OUTPUT
+    _check_learns(state)
     if choice.part or choice.within is not None:
         state.functional = True  # given to the attention's function
     state.refresh()

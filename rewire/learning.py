@@ -255,8 +255,8 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
     if not all(bool(value.isfinite().all()) for value in sums.values()):
         state.wiring.warn_once(
             f"learn:{state.name}",
-            f"layer {state.label}: a pass from which its feedback was to learn is not finite, and is left out (usual for "
-            "the first steps under a gradient scaler)",
+            f"layer {state.label}: a pass from which its feedback was to learn is not finite, and is left out (usual "
+            "for the first steps under a gradient scaler)",
         )
         return
     held = [state.held(output, index) for output, i in state.shapes if i == index]

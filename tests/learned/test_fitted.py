@@ -1,4 +1,4 @@
-"""``fitted`` against its equations: an MLP trained in NumPy, and least squares on gradients that plain autograd gives."""
+"""`fitted` against its equations: an MLP trained in NumPy, and least squares on gradients of plain autograd."""
 
 from __future__ import annotations
 
@@ -95,12 +95,11 @@ def test_training_follows_the_equations(context, cap):
     P = None
     if context:
         states = {s.name: s for s in (m._rewire for m in model.modules() if "_rewire" in m.__dict__)}
-        P = {name: states[name].glance(context, states[name].learned_features).numpy() for name in ()} or {
-            name: s.glance(context, model.get_submodule(name).in_features).double().numpy()
-            for name, s in states.items()
-        }
+        P = {name: s.glance(context, model.get_submodule(name).in_features).numpy() for name, s in states.items()}
     by_hand = trained_by_hand(model, {}, 11, every=3, decay=0.7, ridge=0.05, cap=cap, context=P)
-    for layers, B, C in by_hand:
+    B: dict[str, np.ndarray] = {}
+    C: dict[str, np.ndarray] = {}
+    for layers, B, C in by_hand:  # noqa: B007
         model.zero_grad()
         F.cross_entropy(model(X), Y).backward()
         with torch.no_grad():
@@ -227,9 +226,9 @@ def test_fit_and_feedback_over_positions(make, context):
     np.testing.assert_allclose(model.a.weight.grad, a.weight.grad, atol=1e-10)
 
 
-def trained(model, steps, start=0):
+def trained(model, steps):
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for step in range(start, start + steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(X), Y).backward()
         optimizer.step()
@@ -337,9 +336,18 @@ def test_wrong_options(option):
 
 
 def test_structures_that_keep_no_whole_B_are_refused_by_name():
-    model = rewire.convert(mlp(), "fitted", feedback="lowrank")
-    with pytest.raises(rewire.RewireError, match="learns all of B"):
-        trained(model, 2)
+    model = mlp()
+    for options in (
+        {"feedback": "lowrank"},
+        {"rule": "fitted(feedback=Sparse())"},
+        {"layers": {"2": "fitted(feedback='seeded')"}},
+    ):
+        with pytest.raises(rewire.ConversionError, match="learns all of B"):
+            rewire.convert(model, **{"rule": "fitted", **options})
+    assert type(model[0]) is nn.Linear
+    rewire.convert(model, "dfa", feedback="lowrank")
+    with pytest.raises(rewire.ConversionError, match="learns all of B"), rewire.use_rule(model, "fitted"):
+        pass
 
 
 @pytest.mark.parametrize("rule", ["fitted", "fitted(context=2)"])
