@@ -2,6 +2,7 @@
 
 from rewire import functional, structures
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
+from rewire.diagnose.alignment import Alignment, alignment
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
 from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
@@ -12,6 +13,7 @@ from rewire.targets import targets
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "ConversionError",
     "DirectRule",
     "LocalRule",
@@ -20,6 +22,7 @@ __all__ = [
     "RewireWarning",
     "RoutingError",
     "Rule",
+    "alignment",
     "backward_streamed",
     "convert",
     "feedback",

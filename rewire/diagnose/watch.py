@@ -123,6 +123,11 @@ class Place:
         self.handed = None if gradient is None else gradient.detach().clone()  # a node may hand back nothing
         return self.put
 
+    @property
+    def at_input(self) -> Tensor | None:
+        """The whole gradient of the tensor that was given, if it was asked for."""
+        return self.whole if self.shared is self else self.handed
+
     def note(self, gradient: Tensor | None) -> None:
         """Hook of the tensor that was given."""
         self.whole = None if gradient is None else gradient.detach().clone()
