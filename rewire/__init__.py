@@ -3,6 +3,7 @@
 from rewire import functional, structures
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
 from rewire.diagnose.alignment import Alignment, alignment
+from rewire.diagnose.recorder import Recorder
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
 from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
@@ -18,6 +19,7 @@ __all__ = [
     "DirectRule",
     "LocalRule",
     "PassError",
+    "Recorder",
     "RewireError",
     "RewireWarning",
     "RoutingError",

@@ -109,6 +109,12 @@ class Alignment:
             layers[fields.pop("name")] = {key: _finite(value) for key, value in fields.items()}
         return {"gamma": _finite(self.gamma), "flags": list(self.flags), "layers": layers}
 
+    @classmethod
+    def from_record(cls, record: dict[str, Any], title: str = "") -> Alignment:
+        """What :meth:`record` was made of."""
+        layers = [LayerAlignment(name, **fields) for name, fields in record["layers"].items()]
+        return cls(title, layers, list(record["flags"]))
+
     def __rich__(self) -> Table:
         gamma = "not measurable" if self.gamma is None else f"{self.gamma:.3f}"
         caption = "\n".join(self.flags) if self.flags else "all trust checks passed"
