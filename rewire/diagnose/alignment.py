@@ -105,8 +105,9 @@ class Alignment:
         """For JSON: ``{"gamma", "flags", "layers": {name: {field: value}}}``, numbers that are not finite as None."""
         layers: dict[str, dict[str, Any]] = {}
         for layer in self.layers:
-            fields = asdict(layer)
-            layers[fields.pop("name")] = {key: _finite(value) for key, value in fields.items()}
+            fields = {key: _finite(value) for key, value in asdict(layer).items()}
+            del fields["name"]
+            layers[layer.name] = fields
         return {"gamma": _finite(self.gamma), "flags": list(self.flags), "layers": layers}
 
     @classmethod

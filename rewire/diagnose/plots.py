@@ -70,22 +70,22 @@ def draw(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
     rows = -(-len(panels) // 2)
     below = 0.26 * min(len(flags), 6) + 0.3
     height = 0.9 + 3.0 * rows + below
-    figure = Figure(figsize=(13.5, height), layout=None)
+    figure = Figure(figsize=(14.5, height), layout=None)
     grid = figure.add_gridspec(
-        rows, 2, left=0.06, right=0.85, top=1 - 0.85 / height, bottom=(below + 0.45) / height, hspace=0.42, wspace=0.2
+        rows, 2, left=0.055, right=0.82, top=1 - 0.85 / height, bottom=(below + 0.45) / height, hspace=0.42, wspace=0.2
     )
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[number // 2, number % 2])
         _draw_panel(axes, records, steps, names, panel, colours)
     gamma = [record["gamma"] for record in records if record["gamma"] is not None]
     last = f"Γ = {gamma[-1]:.3f} when last measurable" if gamma else "Γ not measurable"
-    figure.text(0.06, 1 - 0.35 / height, "Alignment with backprop", fontsize=15, weight="bold", va="center")
-    figure.text(0.85, 1 - 0.35 / height, last, fontsize=12, color="#444444", va="center", ha="right")
+    figure.text(0.055, 1 - 0.35 / height, "Alignment with backprop", fontsize=15, weight="bold", va="center")
+    figure.text(0.82, 1 - 0.35 / height, last, fontsize=12, color="#444444", va="center", ha="right")
     _name_layers(figure, matplotlib, names, outputs, colours, height)
     for line, (text, tint) in enumerate(flags[:6]):
         at = (below - 0.22 - 0.26 * line) / height
-        figure.text(0.06, at, "■", color=tint, fontsize=11, va="center", alpha=0.6)
-        figure.text(0.075, at, text, fontsize=9, color="#333333", va="center")
+        figure.text(0.055, at, "■", color=tint, fontsize=11, va="center", alpha=0.6)
+        figure.text(0.068, at, text, fontsize=9, color="#333333", va="center")
     figure.savefig(path, dpi=130, facecolor="white")
 
 
@@ -153,7 +153,7 @@ def _name_layers(
     figure: Any, matplotlib: Any, names: list[str], outputs: set[str], colours: Mapping[str, Any], height: float
 ) -> None:
     if len(names) > _MOST:
-        bar = figure.add_axes((0.875, 0.3, 0.012, 0.45))
+        bar = figure.add_axes((0.84, 0.3, 0.011, 0.45))
         shades = matplotlib.colors.ListedColormap([colours[name] for name in names])
         figure.colorbar(matplotlib.cm.ScalarMappable(cmap=shades), cax=bar)
         bar.invert_yaxis()
@@ -168,9 +168,9 @@ def _name_layers(
     labels = [_short(name) + (" (output)" if name in outputs else "") for name in names]
     figure.legend(
         handles,
-        [*labels, "arccos Γ, mean of layers"],
+        [*labels, "arccos Γ"],
         loc="upper left",
-        bbox_to_anchor=(0.862, 1 - 0.8 / height),
+        bbox_to_anchor=(0.832, 1 - 0.8 / height),
         frameon=False,
         fontsize=9,
         title="layer, first to last",
@@ -179,7 +179,7 @@ def _name_layers(
     )
 
 
-def _short(name: str, most: int = 26) -> str:
+def _short(name: str, most: int = 24) -> str:
     name = name or "(model)"
     return name if len(name) <= most else f"…{name[1 - most :]}"
 

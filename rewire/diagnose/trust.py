@@ -10,9 +10,9 @@
 Such layers have no angle and do not count in Γ.
 
 **Growth.** The activations of a layer have grown more than ``GROWTH``-fold since the start, and ``BEYOND`` times as
-much as the network's outputs; or ``ANYWAY``-fold, whatever the outputs did. In a network that learns, activations grow, and
-outputs with them. Where the network ends in a normalisation the loss does not feel the activations' size: nothing keeps
-a rule with fixed feedback from enlarging them, while backprop's gradient falls in proportion.
+much as the network's outputs; or ``ANYWAY``-fold, whatever the outputs did. In a network that learns, activations
+grow, and outputs with them. Where the network ends in a normalisation the loss does not feel the activations' size:
+nothing keeps a rule with fixed feedback from enlarging them, while backprop's gradient falls in proportion.
 
 **Chance.** Fresh random feedback knows nothing of the network. A layer whose angle is not smaller than the mean with
 fresh feedback by ``SPREADS`` standard deviations could be chance: with 8 draws, one that is chance passes once in 20
