@@ -119,7 +119,9 @@ def _draw_panel(
     if panel.field == "weight_angle":
         _draw_chance(axes, records, steps, names, panel)
         mean = [nan if r["gamma"] is None else math.degrees(math.acos(r["gamma"])) for r in records]
-        axes.plot(steps, mean, color="black", linewidth=2.4, linestyle=(0, (4, 1.5)), marker=marker, zorder=4)
+        axes.plot(steps, mean, color="black", linewidth=2.4, linestyle=(0, (4, 1.5)), marker=marker, zorder=4, label="arccos Γ")
+        if len(names) > _MOST:  # no other place names it
+            axes.legend(loc="lower left", fontsize=8, frameon=False)
     axes.set_xlim(steps[0], steps[-1] if steps[-1] > steps[0] else steps[0] + 1)
     axes.set_xlabel("training step", fontsize=9)
 
@@ -181,7 +183,7 @@ def _name_layers(
 
 def _short(name: str, most: int = 24) -> str:
     name = name or "(model)"
-    return name if len(name) <= most else f"…{name[1 - most :]}"
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 
 def _colours(matplotlib: Any, names: list[str]) -> dict[str, Any]:
