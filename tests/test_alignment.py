@@ -389,7 +389,9 @@ def test_the_null_depends_on_the_conversion_s_seed_alone():
 @pytest.mark.parametrize("rule", ["usf", "frsf", "brsf"])
 def test_rules_that_read_the_weight_are_compared_with_feedback_that_does_not(rule):
     torch.manual_seed(0)
-    model = rewire.convert(nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 5)), rule)
+    model = rewire.convert(
+        nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 5)), rule
+    )
     x, y = torch.randn(40, 20), torch.randint(5, (40,))
     result = rewire.alignment(model, x, lambda out: F.cross_entropy(out, y))
     for layer in result.layers[:2]:
@@ -624,15 +626,16 @@ def test_the_table_and_the_record():
     record = json.loads(json.dumps(result.record(), allow_nan=False))
     assert set(record) == {"gamma", "flags", "layers"}
     assert list(record["layers"]) == ["0", "2", "4"]
-    fields = "type rule weight_angle input_angle feedback_angle feedback_ratio activation_norm norm backprop_norm null_angle note"
-    assert set(fields.split()) <= set(record["layers"]["0"])
+    angles = {"weight_angle", "input_angle", "feedback_angle", "null_angle"}
+    norms = {"feedback_ratio", "activation_norm", "norm", "backprop_norm"}
+    assert {"type", "rule", "note", *angles, *norms} <= set(record["layers"]["0"])
 
 
 def test_wrong_arguments():
     model = made(mlp, "fa")
     with pytest.raises(rewire.ConversionError, match="is not converted"):
         rewire.alignment(mlp(), X, loss_of)
-    with pytest.raises(rewire.ConversionError, match="not a number|not -1"):
+    with pytest.raises(rewire.ConversionError, match="not -1"):
         rewire.alignment(model, X, loss_of, null=-1)
     with pytest.raises(rewire.ConversionError, match="baseline"):
         rewire.alignment(model, X, loss_of, baseline={})

@@ -15,6 +15,7 @@ Record = Mapping[str, Any]
 Curves = dict[str, list[float]]
 
 _MOST = 12  # layers that a legend can name; above that a scale of colours does
+_DASHES = (0, (4, 1.5))
 _CHANCE = "not distinguishable from chance"
 _TINTS = {True: "#9aa3ad", False: "#d1495b"}  # of stretches flagged for nothing but chance, and for anything else
 
@@ -119,7 +120,9 @@ def _draw_panel(
     if panel.field == "weight_angle":
         _draw_chance(axes, records, steps, names, panel)
         mean = [nan if r["gamma"] is None else math.degrees(math.acos(r["gamma"])) for r in records]
-        axes.plot(steps, mean, color="black", linewidth=2.4, linestyle=(0, (4, 1.5)), marker=marker, zorder=4, label="arccos Γ")
+        axes.plot(
+            steps, mean, color="black", linewidth=2.4, linestyle=_DASHES, marker=marker, zorder=4, label="arccos Γ"
+        )
         if len(names) > _MOST:  # no other place names it
             axes.legend(loc="lower left", fontsize=8, frameon=False)
     axes.set_xlim(steps[0], steps[-1] if steps[-1] > steps[0] else steps[0] + 1)
@@ -166,7 +169,7 @@ def _name_layers(
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colours[name], linewidth=2.4) for name in names]
-    handles.append(Line2D([], [], color="black", linewidth=2.4, linestyle=(0, (4, 1.5))))
+    handles.append(Line2D([], [], color="black", linewidth=2.4, linestyle=_DASHES))
     labels = [_short(name) + (" (output)" if name in outputs else "") for name in names]
     figure.legend(
         handles,
