@@ -219,3 +219,14 @@ def test_nothing_to_draw_and_nothing_to_draw_with(recorded, monkeypatch, tmp_pat
     with pytest.raises(rewire.RewireError, match=r"rewire\[plots\]"):
         recorded[1].plot(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("network", "rule"), [("lenet", "fa"), ("residual", "dfa")])
+def test_the_example(network, rule, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    import runpy
+
+    main = runpy.run_path("examples/alignment.py")["main"]
+    result = main(network, rule, str(tmp_path / "a.png"), steps=30)
+    assert f"Γ = {result.gamma:.3f}" in capsys.readouterr().out
+    assert (tmp_path / "a.png").exists()

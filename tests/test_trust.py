@@ -123,14 +123,15 @@ def test_a_network_far_gone_is_at_the_floor_even_if_nobody_saw_its_start():
 
 
 def test_a_gradient_made_of_rounding_is_at_the_floor():
-    """What remains of 1 - p, p so close to 1 that only a few units in its last place are left."""
+    """Errors of a hundredth, of outputs so large that their last place is worth as much."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
-    nn.init.constant_(net[4].bias, 8.5)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    nn.init.constant_(net[4].bias, 1e5)
     model, x = rewire.convert(net, "fa"), torch.randn(32, 8)
+    targets = (model(x) - 1e5).detach() + 0.01 * torch.randn(32, 3)
 
     def loss(out):
-        return (1 - torch.tanh(out)).sum()
+        return (out - 1e5 - targets).square().sum()
 
     result = rewire.alignment(model, x, loss)
     assert result.flags[0].startswith("backprop's gradient is at the numeric floor"), str(result)
@@ -233,6 +234,7 @@ def test_one_layer_that_carries_the_mean():
     gamma = (math.cos(math.radians(25)) + 4 * math.cos(math.radians(88))) / 5
     assert found == [f"one layer carries Γ: {gamma:.3f}, and {math.cos(math.radians(88)):.3f} without top"]
     assert flags(layer("top", 25.0), layer("a", 70.0), HEAD) == []
+    assert flags(layer("top", 79.0, null_angle=120.0), layer("a", 90.0, null_angle=120.0), HEAD) == []
 
 
 def test_what_is_not_finite():

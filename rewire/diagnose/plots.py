@@ -87,7 +87,7 @@ def draw(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
         at = (below - 0.22 - 0.26 * line) / height
         figure.text(0.055, at, "■", color=tint, fontsize=11, va="center", alpha=0.6)
         figure.text(0.068, at, text, fontsize=9, color="#333333", va="center")
-    figure.savefig(path, dpi=130, facecolor="white")
+    figure.savefig(path, dpi=100, facecolor="white")
 
 
 def _draw_panel(

@@ -19,13 +19,14 @@ fresh feedback by ``SPREADS`` standard deviations could be chance: with 8 draws,
 times. Its note says so. The flag is raised where this is true of more than ``MOST`` of the layers in Γ, as it is of all
 before training; lower convolutions that the rule does not reach are common in networks that learn all the same.
 
-**Carried.** Without its best layer Γ is less than ``REST`` of what it is.
+**Carried.** Without its best layer Γ is less than ``REST`` of what it is; and that layer is not chance, and has a cosine
+of ``LEAST`` or more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ ROUNDING = 15.0
 GROWTH, BEYOND, ANYWAY = 100.0, 10.0, 10_000.0
 UNKNOWN = 1000.0
 """In place of ``GROWTH`` where the outputs started at zero, so that nothing can be said of their growth."""
-REST = 0.25
+REST, LEAST = 0.25, 0.2
 MOST = 2 / 3
 SPREADS = 2.0
 FEWEST = 3
@@ -60,7 +61,7 @@ def judge(layers: Sequence[LayerAlignment], draws: int) -> tuple[list[LayerAlign
         _say([x.name for x in judged if not _finite(x.backprop_norm)], "backprop's gradient is not finite"),
         _say([x.name for x in judged if not _finite(x.norm)], "the rule's gradient is not finite"),
         _say(chance if len(chance) > MOST * sum(x.counted for x in judged) else {}, "not distinguishable from chance"),
-        _carried(judged),
+        _carried(judged, chance),
     ]
     return judged, [flag for flag in found if flag]
 
@@ -113,12 +114,14 @@ def _is_chance(layer: LayerAlignment, draws: int) -> bool:
     return layer.weight_angle > layer.null_angle - SPREADS * layer.null_spread
 
 
-def _carried(layers: Sequence[LayerAlignment]) -> str:
+def _carried(layers: Sequence[LayerAlignment], chance: Container[str]) -> str:
     angles = {layer.name: layer.weight_angle for layer in layers if layer.counted and layer.weight_angle is not None}
     gamma = mean_cosine(angles.values())
     if gamma is None or gamma <= 0 or len(angles) < 2:
         return ""
     best = min(angles, key=angles.__getitem__)
+    if best in chance or math.cos(math.radians(angles[best])) < LEAST:
+        return ""
     rest = mean_cosine(angle for name, angle in angles.items() if name != best)
     if rest is None or rest >= REST * gamma:
         return ""
