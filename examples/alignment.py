@@ -2,8 +2,8 @@
 
     python examples/alignment.py [lenet|residual] [rule] [picture.png]
 
-``lenet`` learns scikit-learn's handwritten digits. ``residual`` is a pre-norm residual MLP that ends in a LayerNorm, with
-labels that are half noise and a large learning rate: under a direct rule its activations blow up, which is flagged.
+``lenet`` learns scikit-learn's handwritten digits. ``residual`` is a pre-norm residual MLP that ends in a LayerNorm,
+with labels that are half noise and a large learning rate: under a direct rule its activations blow up, and are flagged.
 """
 
 from __future__ import annotations

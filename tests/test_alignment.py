@@ -255,6 +255,16 @@ def test_angles_and_norms_are_those_of_two_copies(kind, rule, mode):
     assert any(layer.counted and layer.weight_angle > 0.1 for layer in result.layers)
 
 
+def test_feedback_that_is_redrawn_is_that_of_the_next_training_step():
+    model = train(made(mlp, "brsf"))
+    result = by_name(rewire.alignment(model, X, loss_of, null=2))
+    ours, plain = two_copies(model, X, loss_of, 0)
+    for name in "02":
+        assert result[name].weight_angle == pytest.approx(
+            degrees(ours[f"{name}.weight"], plain[f"{name}.weight"]), **CLOSE
+        )
+
+
 def test_the_angle_at_the_input_is_of_the_whole_gradient():
     """Residual: three users of h, of which two hand back a rule's feedback."""
     model = train(made(Residual, "dfa"))

@@ -87,9 +87,9 @@ class Alignment:
     def gamma(self) -> float | None:
         """Γ: the mean over layers of cos(``weight_angle``), each layer counting once; None if there is none.
 
-        Launay et al. 2020 (arXiv:2006.12878) report the cosine between the gradients of the two methods, averaged over
-        samples, at each layer's output; Refinetti et al. 2021 (arXiv:2011.12428) take it between the weights'
-        gradients, as here: that is what an optimizer is given.
+        Modelled on Launay et al. 2020 (arXiv:2006.12878), who average the cosine between the two gradients at each
+        layer's output over samples. Here it is between the weights' gradients, of the whole batch: what an optimizer
+        is given.
 
         Left out are the output layers, whose gradient is exact by definition, every other layer that no feedback
         lies above, and what was not measurable.

@@ -19,8 +19,8 @@ fresh feedback by ``SPREADS`` standard deviations could be chance: with 8 draws,
 times. Its note says so. The flag is raised where this is true of more than ``MOST`` of the layers in Γ, as it is of all
 before training; lower convolutions that the rule does not reach are common in networks that learn all the same.
 
-**Carried.** Without its best layer Γ is less than ``REST`` of what it is; and that layer is not chance, and has a cosine
-of ``LEAST`` or more.
+**Carried.** Without its best layer Γ is less than ``REST`` of what it is; and that layer is not chance, and has a
+cosine of ``LEAST`` or more.
 """
 
 from __future__ import annotations
