@@ -2,6 +2,8 @@
 
 from rewire import functional, structures
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
+from rewire.diagnose.alignment import Alignment, alignment
+from rewire.diagnose.recorder import Recorder
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
 from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
@@ -12,14 +14,17 @@ from rewire.targets import targets
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "ConversionError",
     "DirectRule",
     "LocalRule",
     "PassError",
+    "Recorder",
     "RewireError",
     "RewireWarning",
     "RoutingError",
     "Rule",
+    "alignment",
     "backward_streamed",
     "convert",
     "feedback",

@@ -191,6 +191,7 @@ class Watch(TorchFunctionMode):
     Attributes:
         batch_first: of the attention that is being watched.
         owned: the watched weights, and what modules made of them, by the tensor's identity.
+        tied: the further layers that have a watched weight too.
         stack: the modules being watched, outermost first, their hosts, and the weights watched for on their behalf.
     """
 
@@ -198,6 +199,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.batch_first = False
         self.owned: dict[int, Owned] = {}
+        self.tied: dict[int, list[LayerState]] = {}
         self.stack: list[tuple[nn.Module, Host | None, list[Owned]]] = []
 
     def add(self, module: nn.Module, host: Host | None, layers: list[tuple[str, LayerState]]) -> None:
@@ -206,9 +208,13 @@ class Watch(TorchFunctionMode):
         for name, state in layers:
             layer = module.get_submodule(name)
             weight = layer._parameters.get(state.kind.parameter)
-            if weight is not None and id(weight) not in self.owned:
+            if weight is None:
+                continue
+            if id(weight) not in self.owned:
                 owned = self.owned[id(weight)] = Owned(layer, state, name, weight, weight)
                 added.append(owned)
+            elif self.owned[id(weight)].state is not state:
+                self.tied.setdefault(id(weight), []).append(state)
         self.stack.append((module, host, added))
 
     def drop(self, module: nn.Module) -> bool:
@@ -221,11 +227,13 @@ class Watch(TorchFunctionMode):
         return not self.stack
 
     def owner(self, t: Tensor) -> Owned | None:
-        """Whose weight ``t`` is, or is a view of; nobody's while that layer itself is running."""
+        """Whose weight ``t`` is, or is a view of; nobody's while that layer, or one that shares it, is running."""
         owned = self.owned.get(id(t))
         if owned is None and t._is_view():
             owned = self.owned.get(id(t._base))
-        return None if owned is None or owned.state.running() else owned
+        if owned is None or owned.state.running():
+            return None
+        return None if any(state.running() for state in self.tied.get(id(owned.weight), ())) else owned
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -289,6 +289,8 @@ def finish(
     """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
     call = Call(state, sources, tickets, errors, ports)
     call.pick = pick
+    if state.start is None and backward_id() == -1:
+        state.note_start(output)
     joins = state.joins
     return _mark(state, call, output, joins) if isinstance(output, Tensor) else _mark_all(state, call, output, joins)
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from enum import Enum
 from threading import get_ident
 from typing import Any
@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rewire import learning
 from rewire.distributed import sum_over_ranks
@@ -306,6 +307,7 @@ class LayerState:
         scale_note: where the scale comes from.
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: it has run with gradients on.
+        start: root mean square of its output in the first call it ever ran in; None before that.
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
@@ -344,6 +346,7 @@ class LayerState:
         self.std = std
         self.std_note = ""
         self.ran = False
+        self.start: float | None = None
         self.functional = False
         self.watched = False
         self.busy: set[int] = set()
@@ -665,6 +668,12 @@ class LayerState:
         self._last = None
         self.mirror = None
 
+    def forget_feedback(self) -> None:
+        """Drop feedback of either kind: after another seed was set."""
+        self.forget_routes()
+        self._random = {}
+        self.local = None
+
     @property
     def order(self) -> Reading | None:
         """The order of dimensions that this layer has shown, or else all others that showed one."""
@@ -785,6 +794,12 @@ class LayerState:
                 structure = self.structures[output, index]
                 used[output, index] = self.direct_feedback(structure, output, index, shape, like.dtype, like.device)
         return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
+
+    def note_start(self, output: Any) -> None:
+        """In the first call: how large its output is before any training, for :func:`rewire.alignment`."""
+        outputs = [y for y in tree_leaves(output) if isinstance(y, Tensor)]
+        if all(type(y) is Tensor for y in outputs):  # others may be fake, without values
+            self.start = root_mean_square(outputs)
 
     def measure(
         self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor, pick: Pick | None
@@ -942,6 +957,20 @@ class LayerState:
         if self.std is None:
             self.std, self.std_note = weight_scale(weight)
         return self.std
+
+
+def root_mean_square(tensors: Iterable[Tensor]) -> float:
+    """Over all entries of all of them that are floating point and have a value; 0 if there are none.
+
+    Formed in float32: squares of float16 numbers may be too large for float16, or too small.
+    """
+    total, count = 0.0, 0
+    for t in tensors:
+        if t.is_floating_point() and t.numel() and not t.is_meta:
+            dtype = torch.promote_types(t.dtype, torch.float32)
+            total += float(torch.linalg.vector_norm(t.detach(), dtype=dtype)) ** 2
+            count += t.numel()
+    return math.sqrt(total / count) if count else 0.0
 
 
 def weight_scale(weight: Tensor) -> tuple[float, str]:

@@ -180,3 +180,27 @@ def test_a_layer_that_never_runs_at_all_is_warned_about_once():
     result = rewire.verify(model, X, lambda out: F.cross_entropy(out, Y))
     assert not result.ok
     assert {layer.name: layer.status for layer in result.layers}["never"] == "dead"
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inward, self.a, self.b, self.head = (nn.Linear(5, 5) for _ in range(4))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        for layer in (self.inward, self.a, self.b):
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_a_layer_that_runs_is_no_use_of_another_that_shares_its_weight(rule):
+    model = rewire.convert(Tied(), rule)
+    x = torch.randn(6, 5)
+    for _ in range(3):
+        model(x).square().mean().backward()
+    roles = {row.name: row.role for row in rewire.summary(model).rows}
+    assert roles == {"inward": "hidden", "a": "hidden", "b": "hidden", "head": "output"}
+    assert rewire.verify(model, x, lambda y: y.square().mean()).ok
+    assert set(rewire.feedback(model)) == ({"a", "b", "head"} if rule == "dfa" else {"inward", "a", "b", "head"})

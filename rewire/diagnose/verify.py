@@ -38,12 +38,13 @@ from rewire.diagnose.watch import (
     Randomness,
     Seen,
     copy_of,
+    gradients_of,
     layers_of,
+    settle,
     take_gradients,
 )
 from rewire.errors import ConversionError, RoutingError
 from rewire.layers.registry import kind_of
-from rewire.preview import call as call_model
 from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
 from rewire.wiring import LayerState
 
@@ -206,21 +207,7 @@ class _Verify:
         self.states = states = {name: layer.state for name, layer in self.layers.items()}
         self.cut = {n for n, s in states.items() if s.wiring.skip == "cut" and isinstance(s.rule, DirectRule)}
         buffers = Buffers(model)
-        wirings = {state.wiring for state in states.values()}
-        for wiring in wirings:
-            if any(state.learned for state in wiring.layers.values()):
-                wiring.rest()
-        for _ in range(4):  # roles, then scales; the same random numbers, so that the same layers run each time
-            known = {name for name, state in states.items() if state.settled}
-            if all(s.ran and s.settled for s in states.values()):
-                break  # and no layer can come that has not run yet
-            self._plainly(model, buffers)
-            for state in states.values():
-                state.wiring.settle_if_alone()
-            if known and known == {name for name, state in states.items() if state.settled}:
-                break
-        for wiring in wirings:
-            wiring.rest()
+        settle(states.values(), lambda: self._plainly(model, buffers))
         draws = {state: state.draws for state in states.values()}
         self._again(buffers)
         ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)
@@ -246,8 +233,7 @@ class _Verify:
     def _plainly(self, model: nn.Module, buffers: Buffers | None = None) -> Gradients:
         """A pass without anybody watching."""
         self._again(buffers)
-        torch.autograd.backward([self.loss_fn(call_model(model, self.inputs))])
-        return take_gradients(model)
+        return gradients_of(model, self.inputs, self.loss_fn)
 
     def _against_backprop(self, gradients: Gradients) -> None:
         model = copy_of(self.model)
@@ -269,7 +255,7 @@ class _Verify:
         plain = theirs.backward()
         self.reached = {call: other.delta is not None for call, other in self.calls.items()}
         self.plain = {place: _filled(other) for place, other in self.twins.items()}
-        weights = {name: _weights(layer) for name, layer in layers.items() if layer.state.kind.local}
+        weights = {name: weights_of(layer) for name, layer in layers.items() if layer.state.kind.local}
         self.flow = Flow(theirs, weights, self._starts)
         self.samples = Samples(theirs, self.flow, {output: list(output.deltas) for output in self.flow.outputs})
         # Their own, because the layers of another conversion may lie between an output layer and the loss; that they
@@ -423,8 +409,8 @@ class _Verify:
         plain = [self.plain.get(place) for _, place in pairs]
         wanted = [self._expected(call, place) for call, place in pairs] if ran and ran[0].state.active else []
         return {
-            "formula": _cosine(handed, wanted) if wanted else None,
-            "backprop": _cosine(handed, plain) if plain else None,
+            "formula": cosine(handed, wanted) if wanted else None,
+            "backprop": cosine(handed, plain) if plain else None,
         }
 
     def _verdict(self, state: LayerState, name: str, pairs: list[tuple[Seen, Place]]) -> tuple[str, str]:
@@ -555,7 +541,7 @@ _NOT_THE_RULE = "not what the rule says"
 # -- parts -------------------------------------------------------------------------------------------
 
 
-def _weights(layer: Layer) -> list[Tensor]:
+def weights_of(layer: Layer) -> list[Tensor]:
     """What the layer's operation multiplies by: its weight, or what that is made of."""
     if layer.state.kind.part:
         return [getattr(layer.module, layer.state.kind.parameter)]
@@ -609,7 +595,7 @@ def _coarsest(state: LayerState) -> torch.dtype | None:
     return kept if kept is not None and kept.is_floating_point else None
 
 
-def _cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:
+def cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:
     """Between two lists of tensors taken as one vector each; None if either is zero or not known."""
     pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     if len(pairs) < len(a):
