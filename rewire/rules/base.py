@@ -10,6 +10,7 @@ A layer computes ``y = W x + b``. Its weight and bias gradients are always exact
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from rewire import structures
 from rewire.errors import ConversionError, nearest
 from rewire.routing import LAYOUTS
+from rewire.rules.written import build, parse, written
 
 
 class Rule:
@@ -25,13 +27,15 @@ class Rule:
     Attributes:
         name: how users write it; set by :func:`register_rule`.
         source: the publication the rule comes from.
+        learns: its feedback changes in training, and is saved with the model.
     """
 
     name: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    learns: ClassVar[bool] = False
 
     def __repr__(self) -> str:
-        return self.name or type(self).__name__
+        return written(self.name or type(self).__name__, self)
 
 
 class BP(Rule):
@@ -96,11 +100,6 @@ class DirectRule(Rule):
         if feedback is not None:
             self.feedback = structures.resolve(feedback)
 
-    def __repr__(self) -> str:
-        plain = super().__repr__()
-        said = [f"{what}={value!r}" for what in ("layout", "feedback") if (value := getattr(self, what)) is not None]
-        return f"{plain}({', '.join(said)})" if said else plain
-
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         """What is projected, in the output's shape.
 
@@ -111,6 +110,57 @@ class DirectRule(Rule):
 
         Returns:
             A tensor of e's shape.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one pass shows of one layer input, as a :class:`LearnedDirect` rule is given it.
+
+    Attributes:
+        e: signals (N, n); with several output layers side by side, zeros where none arrived.
+        exact: backprop's own gradient of the input, (M, features), M a multiple of N: each row of e belongs to a run of
+            M/N rows. None in passes that were fed back.
+        seen: x P, (M, context), or for a rule that ``watches``, x, (M, features).
+        wide: ``exact`` (or, for a rule that watches, x) as (N, elements) where B has a value for every element of an
+            image; else None.
+    """
+
+    e: Tensor
+    exact: Tensor | None
+    seen: Tensor | None
+    wide: Tensor | None
+
+
+class LearnedDirect(DirectRule):
+    """A direct rule whose B changes in training, by what passes show: see :mod:`rewire.learning`.
+
+    Attributes:
+        watches: wants the layer's input in every pass.
+        context: how many numbers of the layer's own input the feedback looks at; 0: none.
+    """
+
+    learns: ClassVar[bool] = True
+    watches: ClassVar[bool] = False
+    context: int = 0
+
+    def exact(self, passes: int) -> bool:
+        """Whether pass number ``passes`` is handed back exactly, as under ``bp``. The first is 0."""
+        return False
+
+    def gather(self, rows: Rows) -> dict[str, Tensor]:
+        """What to add up, over passes and ranks, until it is taken in."""
+        raise NotImplementedError
+
+    def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
+        """The new B.
+
+        Args:
+            B: (n, features), or (n, elements).
+            memory: tensors of the rule's own to keep from one call to the next, empty at first; changed in place. Saved
+                with the model.
+            sums: what :meth:`gather` gave, added up, and ``samples``, the number of rows of e.
         """
         raise NotImplementedError
 
@@ -158,17 +208,19 @@ def rules() -> tuple[str, ...]:
 
 
 def resolve(rule: str | Rule) -> Rule:
-    """The rule for a name, or the rule itself.
+    """The rule for a name, or for a name with options (``"fitted(every=100)"``), or the rule itself.
 
     Raises:
-        ConversionError: for an unknown name (with the nearest right one), or something that is no rule.
+        ConversionError: for an unknown name or option (with the nearest right one), or something that is no rule.
     """
     if isinstance(rule, (LocalRule, DirectRule, BP)):
         return rule
     if isinstance(rule, str):
-        if rule in _registry:
-            return _registry[rule]()
-        raise ConversionError(f"unknown rule {rule!r}{nearest(rule, _registry)} rules: {', '.join(_registry)}")
+        name, options = (rule, {}) if rule in _registry else parse(rule) if "(" in rule else (rule, {})
+        if name not in _registry:
+            raise ConversionError(f"unknown rule {name!r}{nearest(name, _registry)} rules: {', '.join(_registry)}")
+        made: Rule = build(name, _registry[name], options)
+        return made
     if isinstance(rule, type) and issubclass(rule, Rule):
         raise ConversionError(f"{rule.__name__} is a class: pass an instance, {rule.__name__}()")
     raise ConversionError(f"a rule is a name or an instance of rewire.LocalRule or rewire.DirectRule, not {rule!r}")
