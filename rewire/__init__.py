@@ -1,6 +1,7 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
 from rewire import functional, structures
+from rewire.checkpoint import config, load_config, save_config
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
@@ -21,13 +22,16 @@ __all__ = [
     "RoutingError",
     "Rule",
     "backward_streamed",
+    "config",
     "convert",
     "feedback",
     "functional",
+    "load_config",
     "output_error",
     "register_rule",
     "restore",
     "rules",
+    "save_config",
     "scales",
     "structures",
     "summary",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rewire import hosts, structures
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
+from rewire.guard import MODES, Guard
 from rewire.layers.own_forward import OwnForward
 from rewire.rules import DirectRule, LocalRule, Rule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
@@ -33,6 +34,7 @@ def convert(
     scale: str | float | Mapping[str, float] = "auto",
     seed: int = 0,
     derivative: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] | None = None,
+    on_nonfinite: str | None = None,
 ) -> M:
     """Change how errors travel backwards through ``model``, in place, and return it.
 
@@ -65,6 +67,13 @@ def convert(
         seed: of all random feedback.
         derivative: ``{activation type: f'}``: f'(a), of a's shape, replaces the activation's own derivative in
             the backward pass.
+        on_nonfinite: what to do when the gradient that arrives at a layer's output (at an output layer: e) is not
+            finite, when e is all zeros, or when one is 1,000 times larger than any in the first ten passes.
+            ``"warn"``: say so, once by layer name. ``"raise"``: :class:`PassError`, before it reaches the layer's
+            parameters. ``"skip"``: drop it there, with a warning: parameters it would have reached keep the ``.grad``
+            they had (None after ``zero_grad()``, so that an optimizer leaves them alone); 100 in a row are an error.
+            None: do not look, at no cost. PyTorch's gradient scaler has to see what is not finite: None or
+            ``"warn"`` with it. Looking costs a reduction for each layer and pass, and on a GPU a wait for its result.
 
     Returns:
         ``model``, the same object.
@@ -78,7 +87,7 @@ def convert(
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert needs a torch.nn.Module, not {type(model).__name__}")
     structure = structures.resolve(feedback)
-    _check_options(skip, scale, seed)
+    _check_options(skip, scale, seed, on_nonfinite)
     earlier = _take_off(model)
     try:
         choices = select(model, rule, layers, blocks)
@@ -88,6 +97,7 @@ def convert(
             structure=structure,
             scale=scale,
             asked=_output_names(choices, output),
+            guard=None if on_nonfinite is None else Guard(on_nonfinite),
         )
         scale_of = _scales_given(choices, scale)
         states = [_state(choice, wiring, scale_of(choice)) for choice in choices]
@@ -221,9 +231,12 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
 # -- parts -------------------------------------------------------------------------------------------
 
 
-def _check_options(skip: object, scale: object, seed: object) -> None:
-    if skip not in ("keep", "cut"):
+def _check_options(skip: object, scale: object, seed: object, on_nonfinite: object) -> None:
+    if not isinstance(skip, str) or skip not in ("keep", "cut"):
         raise ConversionError(f"skip is 'keep' or 'cut', not {skip!r}")
+    if on_nonfinite is not None and not (isinstance(on_nonfinite, str) and on_nonfinite in MODES):
+        hint = nearest(on_nonfinite, MODES) if isinstance(on_nonfinite, str) else ""
+        raise ConversionError(f"on_nonfinite is {', '.join(map(repr, MODES))} or None, not {on_nonfinite!r}{hint}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConversionError(f"seed is an int, not {seed!r}")
     values = scale.values() if isinstance(scale, Mapping) else () if scale == "auto" else (scale,)

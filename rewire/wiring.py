@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
-from rewire.feedback import quick_normal, standard_normal
+from rewire.feedback import quick_normal, standard_normal, streams
+from rewire.guard import Guard
 from rewire.layers.kinds import Kind
 from rewire.passes import OutputError, backward_id
 from rewire.picks import Pick
@@ -59,6 +60,7 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
+        guard: looks at gradients that arrive at layers, if ``on_nonfinite`` asked for it.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
@@ -75,7 +77,9 @@ class Wiring:
         structure: Structure,
         scale: str | float | Mapping[str, float],
         asked: tuple[str, ...] | None,
+        guard: Guard | None = None,
     ) -> None:
+        self.guard = guard
         self.seed = seed
         self.skip = skip
         self.structure = structure
@@ -146,6 +150,9 @@ class Wiring:
             if state.name not in self.outputs:
                 self.outputs.append(state.name)
         if state.role is Role.OUTPUT:
+            # Roles may be known from elsewhere, while no pass of this process has been looked at.
+            if not self.looked:
+                self.unsettled = True
             return is_output
         # Roles are votes of passes: a side loss alone may come first and look like the output.
         if is_output != error.voted:
@@ -376,7 +383,7 @@ class LayerState:
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
         self.steady = ""
-        if self.watched or self.picks or not self.kind.local:
+        if self.watched or self.picks or not self.kind.local or self.wiring.guard is not None:
             pass  # something special about its calls; a block may be given anything
         elif direct:
             self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
@@ -389,7 +396,7 @@ class LayerState:
     def _traceable(self) -> bool:
         """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
         rule = self.rule
-        if not self.wiring.looked or self.watched:
+        if not self.wiring.looked or self.watched or self.wiring.guard is not None:
             return False
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
@@ -593,6 +600,18 @@ class LayerState:
         self._last = None
         self.mirror = None
 
+    def forget(self) -> None:
+        """Drop all that was made for, or shown by, passes."""
+        self.forget_routes()
+        self._random = {}
+        self.local = self.used = self.random_as = None
+        self.shapes, self.structures, self.kept_as = {}, {}, {}
+
+    def touched(self) -> bool:
+        """Whether somebody changed its fixed feedback in place, so that it is not what the seed gives."""
+        kept = [*self._random.values(), *self._made.values()]
+        return any(isinstance(B, Tensor) and not B.is_inference() and B._version > 0 for B in kept)
+
     @property
     def order(self) -> Reading | None:
         """The order of dimensions that this layer has shown, or else all others that showed one."""
@@ -671,11 +690,9 @@ class LayerState:
     ) -> Tensor | Feedback:
         """B of a direct rule: its entries have standard deviation ``scale``, or 1 while that is not known."""
         wiring = self.wiring
-        stream = self.name if index == 0 else f"{self.name}#{index}"
-        further = output in wiring.outputs and wiring.outputs.index(output) > 0
-        suffix = f"@{output}" if further else ""  # further outputs have feedback of their own
+        stream, suffix = streams(self.name, index, output, wiring.outputs)
         scale = 1.0 if self.scale is None else self.scale
-        return structure.make(Place(wiring.seed, stream + suffix, suffix, shape, scale, dtype, device, wiring.common))
+        return structure.make(Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common))
 
     def direct_feedbacks(self, module: nn.Module) -> dict[tuple[str, int], Tensor]:
         """The dense B by (output layer, input), as used last; made again where a copy of the model dropped it."""
