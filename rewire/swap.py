@@ -67,6 +67,8 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():
+            if traced.exports(self.training):
+                return parent.forward(self, *args, **kwargs)
             if traced.prepare(state.wiring.key, state.name) and state.in_graph:
                 return traced.call(state, self, parent.forward, args, kwargs)
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
@@ -101,6 +103,8 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
+            return parent.forward(self, *args, **kwargs)
+        if _compiling() and traced.exports(self.training):
             return parent.forward(self, *args, **kwargs)
         attend = _attend_outside_of_compile if _compiling() else hosts.attend
         return attend(self, self.__dict__[STATE].states, state_of(self.out_proj), parent.forward, args, kwargs)
