@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from rewire import fingerprint
+from rewire.arguments import check_model, path_of
 from rewire.convert import _states, convert
 from rewire.derivative import Derivative, DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
@@ -101,7 +101,7 @@ def save_config(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.save(model.state_dict(), "model.pt")
         >>> rewire.save_config(model, "model.json")
     """
-    target = Path(path)
+    target = path_of(path, "save_config")
     text = json.dumps(config(model), indent=1, allow_nan=False, ensure_ascii=False)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -135,8 +135,7 @@ def load_config(model: M, source: str | os.PathLike[str] | Mapping[str, Any]) ->
         >>> model = rewire.load_config(Net(), "model.json")
         >>> model.load_state_dict(torch.load("model.pt"))
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"load_config needs a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "load_config")
     saved = _Saved.read(_source(source))
     converted = any(states_of(module) for module in model.modules())
     problems = _against_converted(model, saved) if converted else _against_plain(model, saved)
@@ -468,14 +467,11 @@ def _strings(raw: list[Any], what: str) -> list[str]:
 def _source(source: object) -> Any:
     if isinstance(source, Mapping):
         return source
-    if not isinstance(source, (str, os.PathLike)):
-        raise ConversionError(
-            f"a configuration is a path or what rewire.config() returned, not {type(source).__name__}"
-        )
+    path = path_of(source, "load_config")
     try:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise ConversionError(f"{os.fspath(source)!r} is no configuration of rewire: {problem}") from None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ConversionError(f"{str(path)!r} is no configuration of rewire: {problem}") from None
 
 
 # -- a configuration and a model -----------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from rewire import hosts, structures
+from rewire.arguments import check_model
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.guard import MODES, Guard
@@ -20,6 +21,7 @@ from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class
 from rewire.wiring import LayerState, Role, Wiring, weight_scale
 
 M = TypeVar("M", bound=nn.Module)
+_LARGEST = sys.float_info.max
 
 
 def convert(
@@ -84,8 +86,7 @@ def convert(
     Example:
         >>> model = rewire.convert(torchvision.models.resnet18(), "dfa", layers={"fc": "bp"})
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert needs a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "convert")
     structure = structures.resolve(feedback)
     _check_options(skip, scale, seed, on_nonfinite)
     earlier = _take_off(model)
@@ -101,7 +102,7 @@ def convert(
         )
         scale_of = _scales_given(choices, scale)
         states = [_state(choice, wiring, scale_of(choice)) for choice in choices]
-        surrogates = _surrogates(model, derivative or {}, choices)
+        surrogates = _surrogates(model, {} if derivative is None else derivative, choices)
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
         _put_back(earlier)
@@ -132,6 +133,7 @@ def restore(model: M) -> M:
         ConversionError: if something put a class of its own on top of a converted layer (a parametrization,
             ``fully_shard``): that has to come off first.
     """
+    check_model(model, "restore")
     _take_off(model)
     for module in model.modules():
         hosts.remove(module)
@@ -239,9 +241,9 @@ def _check_options(skip: object, scale: object, seed: object, on_nonfinite: obje
         raise ConversionError(f"on_nonfinite is {', '.join(map(repr, MODES))} or None, not {on_nonfinite!r}{hint}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConversionError(f"seed is an int, not {seed!r}")
-    values = scale.values() if isinstance(scale, Mapping) else () if scale == "auto" else (scale,)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    auto = isinstance(scale, str) and scale == "auto"
+    for value in scale.values() if isinstance(scale, Mapping) else () if auto else (scale,):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
             raise ConversionError(
                 f"scale is 'auto' or a positive number (or a dict of them by layer name), not {value!r}"
             )
@@ -255,12 +257,14 @@ def _check_structure(rule: Rule) -> None:
 def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if output is None:
         return None
+    if not isinstance(output, (str, Sequence)):
+        raise ConversionError(f"output is a layer's name, or several, or None to have it found, not {output!r}")
     asked = (output,) if isinstance(output, str) else tuple(output)
     known = {name: choice.name for choice in choices for name in choice.names}
     if not asked:
         raise ConversionError("output is a layer's name, or several, or None to have it found")
     for name in asked:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             hint = nearest(name, known) if isinstance(name, str) else ""
             raise ConversionError(f"output: no layer is named {name!r}{hint}; layers: {_some(known)}")
     return tuple(dict.fromkeys(known[name] for name in asked))
@@ -276,7 +280,8 @@ def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float
         known = {choice.name for choice in choices}
         for name in scale:
             if name not in known:
-                raise ConversionError(f"scale: no layer is named {name!r}{nearest(name, known)}")
+                hint = nearest(name, known) if isinstance(name, str) else ""
+                raise ConversionError(f"scale: no layer is named {name!r}{hint}")
         return lambda choice: scale.get(choice.name)
     if isinstance(scale, str):
         return lambda choice: None
@@ -301,6 +306,8 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
 def _surrogates(
     model: nn.Module, derivative: Mapping[type[nn.Module], Callable[[Tensor], Tensor]], choices: list[Choice]
 ) -> list[tuple[nn.Module, type[nn.Module], DerivativeState]]:
+    if not isinstance(derivative, Mapping):
+        raise ConversionError(f"derivative: a dict {{module type: function of a}} is needed, not {derivative!r}")
     taken = {choice.module for choice in choices}
     found: list[tuple[nn.Module, type[nn.Module], DerivativeState]] = []
     for kind, function in derivative.items():
@@ -343,6 +350,7 @@ def _put_back(taken: list[tuple[nn.Module, type[nn.Module], object]]) -> None:
 
 
 def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
+    check_model(model, "rewire")
     found = [(module, state) for module in model.modules() for state in states_of(module)]
     if not found:
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")

@@ -253,7 +253,7 @@ def test_feedback_changed_in_place_has_no_config(rule):
         next(iter(model[2]._rewire._random.values())).mul_(2)
     else:
         rewire.feedback(model)[key].mul_(2)
-    with pytest.raises(ConversionError, match="changed in place.*\n.*layer '2'"):
+    with pytest.raises(ConversionError, match=r"changed in place.*\n.*layer '2'"):
         rewire.config(model)
 
 

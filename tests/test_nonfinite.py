@@ -164,7 +164,7 @@ def test_warn_says_it_once_by_name_and_changes_nothing():
 
 def test_a_first_pass_that_is_not_finite_is_noticed_too():
     model = rewire.convert(net(), "dfa", on_nonfinite="raise")
-    with pytest.raises(PassError, match="layer '4'.* is not finite"):
+    with pytest.raises(PassError, match=r"layer '4'.* is not finite"):
         backward(model, float("nan"))
 
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rewire.arguments import check_loss, check_model
 from rewire.convert import feedback, restore
 from rewire.diagnose.formula import Local, fed_back, signal
 from rewire.diagnose.graph import Flow
@@ -160,6 +161,7 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
     Example:
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
+    check_model(model, "verify")
     if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     random = Randomness()
@@ -240,7 +242,9 @@ class _Verify:
     def _plainly(self, model: nn.Module, buffers: Buffers | None = None) -> Gradients:
         """A pass without anybody watching."""
         self._again(buffers)
-        torch.autograd.backward([self.loss_fn(call_model(model, self.inputs))])
+        loss = self.loss_fn(call_model(model, self.inputs))
+        check_loss(loss)
+        torch.autograd.backward([loss])
         return take_gradients(model)
 
     def _against_backprop(self, gradients: Gradients) -> None:

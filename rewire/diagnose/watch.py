@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from rewire.arguments import check_loss
 from rewire.passes import backward_id
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
@@ -196,6 +197,7 @@ class Pass:
         self._beside = beside
         with self._watched(layers.values()):
             self.loss = loss_fn(call_model(model, inputs))
+        check_loss(self.loss)
 
     def __iter__(self) -> Iterator[Seen]:
         return (call for calls in self.calls.values() for call in calls)
