@@ -57,6 +57,37 @@ class Sequence(nn.Module):
         return self.head(self.layer(self.embed(x.reshape(len(x), 4, 9))).mean(1))
 
 
+class Experts(nn.Module):
+    """Each expert gets the rows picked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(36, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x.flatten(1)))
+        out = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            rows = (h.detach()[:, 0] > 0).eq(bool(number)).nonzero().flatten()
+            out = out.index_add(0, rows, torch.tanh(expert(h[rows])))
+        return self.head(out)
+
+
+class Steps(nn.Module):
+    """Sequence first: (T, N, F), with as many steps as samples only in the second half of the training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.reshape(len(x), 6, 6).transpose(0, 1)
+        h = torch.tanh(self.second(torch.tanh(self.first(h))))
+        return self.head(h.mean(0))
+
+
 def surrogate(a: torch.Tensor) -> torch.Tensor:
     return 1 / (1 + a.abs())
 
@@ -82,14 +113,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "given": {"rule": "dfa", "scale": {"mid": 0.3, "twice": 0.2}, "output": ["head", "side"], "seed": 3},
     "block": {"rule": "dfa", "model": "Sequence", "blocks": ["layer"]},
+    "experts": {"rule": "dfa", "model": "Experts"},
+    "steps": {"rule": "dfa", "model": "Steps"},
     "attention-dfa": {"rule": "dfa", "model": "Sequence"},
     "attention-brsf": {"rule": "brsf", "model": "Sequence"},
 }
 
 
 def model_of(case: str) -> nn.Module:
-    kind: type[nn.Module] = {"Net": Net, "Sequence": Sequence}[CASES[case].get("model", "Net")]
-    return kind()
+    kinds: list[type[nn.Module]] = [Net, Sequence, Experts, Steps]
+    return {kind.__name__: kind for kind in kinds}[CASES[case].get("model", "Net")]()
 
 
 def convert(model: nn.Module, case: str) -> nn.Module:
@@ -103,8 +136,9 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
     for step in range(first, last):
         numbers = torch.Generator().manual_seed(step)
-        x = torch.randn(6, 1, 6, 6, generator=numbers)
-        y = torch.randint(3, (6,), generator=numbers)
+        batch = 6 if step >= HALF or step % 2 else 4
+        x = torch.randn(batch, 1, 6, 6, generator=numbers)
+        y = torch.randint(3, (batch,), generator=numbers)
         optimizer.zero_grad()
         with rewire.targets(y):
             out = model(x)

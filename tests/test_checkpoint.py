@@ -120,6 +120,30 @@ def test_a_converted_model_is_brought_to_the_saved_point_in_place():
     assert all(torch.equal(a, b) for a, b in zip(expected, step(model), strict=True))  # the same draw again
 
 
+def test_a_resumed_model_looks_for_special_uses_once_more_and_then_takes_the_short_way():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.used, self.b, self.c = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = torch.tanh(F.linear(torch.tanh(self.a(x)), self.used.weight))
+            return self.c(torch.tanh(self.b(h)))
+
+    torch.manual_seed(0)
+    model = rewire.convert(Parent(), "dfa")
+    for _ in range(3):
+        expected = step(model)
+    other = rewire.load_config(Parent(), plain(rewire.config(model)))
+    other.load_state_dict(model.state_dict())
+    for _ in range(3):
+        assert all((a is b is None) or torch.equal(a, b) for a, b in zip(expected, step(other), strict=True))
+    assert other.b._rewire.steady == model.b._rewire.steady == "direct"
+    assert other.b._rewire.wiring.looked
+    assert [entry[0] for entry in other._rewire_host.used] == ["used"]
+    assert rewire.verify(other, torch.randn(4, 8), lambda y: y.square().sum()).ok
+
+
 def test_restore_after_load_config_leaves_nothing():
     model = rewire.load_config(net(), plain(rewire.config(trained())))
     rewire.restore(model)

@@ -64,23 +64,18 @@ class Odd:
 
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=3)
 words = st.sampled_from(
-    [*rewire.rules(), *rewire.structures.NAMES, "first", "used", "head", "attention", "attention.in_proj", "*", "[", ""]
-    + [
-        "keep",
-        "cut",
-        "auto",
-        "skip",
-        "raise",
-        "dfa(",
-        "dfa()",
-        "dfa(layout=1)",
-        "dfa(x=1)",
-        "Dense()",
-        "\0",
-        "((((",
-        "4",
+    [
+        *rewire.rules(),
+        *rewire.structures.NAMES,
+        *("first", "used", "head", "attention", "attention.in_proj", "*", "[", "", "4", "\0"),
+        *("keep", "cut", "auto", "skip", "raise", "Dense()", "dfa(", "dfa()", "dfa(layout=1)", "dfa(x=1)", "(((("),
+        *(
+            "dfa(feedback=LowRank(rank=2))",
+            "dfa(feedback=LowRank(rank=-1))",
+            "dfa(feedback=os.system('true'))",
+            "fa(a=b)",
+        ),
     ]
-    + ["dfa(feedback=LowRank(rank=2))", "dfa(feedback=LowRank(rank=-1))", "dfa(feedback=os.system('true'))", "fa(a=b)"]
 )
 objects = st.sampled_from(
     [

@@ -101,6 +101,6 @@ def test_some_hundred_steps_leave_nothing_behind(rule):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_twenty_thousand_steps_leave_nothing_behind(rule):
-    """``pytest -m slow tests/test_soak.py``"""
+    """``make test-slow PYTEST_ARGS=tests/test_soak.py``"""
     # A leak of one small tensor (its object alone takes some hundred bytes) in each step would show.
     check(rule, 20_000, 4_000, 1_000, growth=3 * 2**20)
