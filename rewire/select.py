@@ -157,7 +157,7 @@ def _assign(choices: list[Choice], layers: Layers | None) -> None:
             if chosen is not None:
                 choice.rule = resolve(chosen)
     else:
-        raise ConversionError(f"layers: a dict of patterns or a callable is needed, not {layers!r}")
+        raise ConversionError(f"layers: a dict of patterns or a callable is needed, not {type(layers).__name__}")
 
 
 def _check(choice: Choice) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import rewire
 from rewire.errors import ConversionError
+from tests import resume
 
 
 def net(width=12):
@@ -98,6 +99,19 @@ def test_a_model_from_a_config_has_the_same_config_feedback_and_gradients(tmp_pa
     assert expected.keys() == rewire.feedback(other).keys()
     assert all(torch.equal(B, expected[name]) for name, B in rewire.feedback(other).items())
     assert all(torch.equal(a, b) for a, b in zip(step(model), step(other), strict=True))
+
+
+@pytest.mark.parametrize("case", ["steps", "experts", "mixed", "given", "block", "attention-brsf"])
+def test_what_passes_have_shown_comes_back(case):
+    model = resume.convert(resume.model_of(case), case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rewire.RewireWarning)
+        resume.steps(model, resume.optimizer_of(model), 0, 3)
+    found = plain(rewire.config(model))
+    other = rewire.load_config(resume.model_of(case), found)
+    assert plain(rewire.config(other)) == found
+    assert any(layer["reading"] for layer in found["layers"].values()) or case not in ("steps", "block")
+    assert any(layer["picks"] for layer in found["layers"].values()) == (case == "experts")
 
 
 def test_a_config_before_the_first_pass_leads_to_the_same_first_pass():

@@ -151,6 +151,22 @@ def test_skip_while_a_graph_is_used_twice():
     assert grads(model) == [None] * 6
 
 
+def test_skip_leaves_no_error_of_an_earlier_backward_behind():
+    """The first backward ends before it has come to the layers below, which the second must not feed from it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 80))
+    rewire.convert(model, "dfa", on_nonfinite="skip")
+    for seed in (1, 2):
+        backward(model, seed=seed)
+    model.zero_grad()
+    x, y = batch()
+    loss = F.cross_entropy(model(x), y)
+    torch.autograd.grad(loss, model[4].weight, retain_graph=True)
+    with pytest.warns(RewireWarning, match="not finite"):
+        torch.autograd.backward(loss, torch.tensor(float("nan")))
+    assert grads(model) == [None] * 6
+
+
 def test_warn_says_it_once_by_name_and_changes_nothing():
     model, other = settled("dfa", "warn"), settled("dfa", None)
     with pytest.warns(RewireWarning) as said:
@@ -305,6 +321,14 @@ def test_a_layer_that_is_always_skipped_is_an_error():
             backward(model, float("inf"))
         with pytest.raises(PassError, match=r"(?s)layer '4'.*gradient scaler has to see"):
             backward(model, float("inf"))
+
+
+def test_a_good_pass_in_between_is_enough():
+    model = settled("dfa", "skip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(2 * guard.PATIENCE):
+            backward(model, float("inf") if i % (guard.PATIENCE - 1) else 1.0)
 
 
 @pytest.mark.parametrize("mode", [None, "warn"])
