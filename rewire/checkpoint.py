@@ -50,6 +50,7 @@ KEPT: dict[str, tuple[type, ...]] = {
     "draws": (int,),
     "functional": (bool,),
     "picks": (bool,),
+    "rejoined": (bool,),
     "lost": (str,),
     "layout": (str, type(None)),
 }
@@ -89,6 +90,7 @@ def config(model: nn.Module) -> Config:
         "outputs": list(wiring.outputs),
         "readings": sorted([list(reading) for reading in wiring.readings]),
         "unsettled": wiring.unsettled,
+        "passes": wiring.passes,
         "on_nonfinite": None if wiring.guard is None else wiring.guard.recorded(),
         "layers": {state.name: _layer(module, state, common) for module, state in _states(model)},
     }
@@ -306,6 +308,7 @@ class _Saved:
     outputs: list[str]
     readings: set[tuple[bool, bool]]
     unsettled: bool
+    passes: int
     guard: Guard | None
     derivative: dict[str, tuple[str, Derivative]]
     layers: dict[str, _SavedLayer] = field(default_factory=dict)
@@ -338,6 +341,7 @@ class _Saved:
             outputs=_strings(top.take("outputs", list), "outputs"),
             readings={_pair(pair, bool) for pair in top.take("readings", list)},
             unsettled=top.take("unsettled", bool),
+            passes=top.take("passes", int),
             guard=_read_guard(top.take("on_nonfinite", dict, type(None))),
             derivative=derivative,
         )
@@ -575,7 +579,8 @@ def _bring_to(wiring: Wiring, saved: _Saved) -> None:
     wiring.readings = set(saved.readings)
     wiring.errors = {}
     wiring.guard = saved.guard
-    wiring.unsettled = saved.unsettled
+    wiring.passes = saved.passes
+    wiring.unsettled = wiring.news = saved.unsettled
     for name, state in wiring.layers.items():
         layer = saved.layers[name]
         state.forget()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewire import hosts, structures
+from rewire import hosts, learned, structures
 from rewire.arguments import check_model
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
@@ -329,7 +329,10 @@ def _surrogates(
     return found
 
 
-def _take_off(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module], object]]:
+_Taken = list[tuple[nn.Module, type[nn.Module], object, dict[str, Tensor | None]]]
+
+
+def _take_off(model: nn.Module) -> _Taken:
     """Restore all modules; returns what :func:`_put_back` needs."""
     converted = [(name, m) for name, m in model.named_modules() if STATE in m.__dict__]
     for name, module in converted:
@@ -338,15 +341,13 @@ def _take_off(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module], object
                 f"layer {name!r} was given another class after conversion ({type(module).__name__}): remove that "
                 "first, or convert after it"
             )
-    taken = [(module, type(module), module.__dict__[STATE]) for _, module in converted]
-    for module, _, _ in taken:
-        swap_out(module)
-    return taken
+    return [(module, type(module), module.__dict__[STATE], swap_out(module)) for _, module in converted]
 
 
-def _put_back(taken: list[tuple[nn.Module, type[nn.Module], object]]) -> None:
-    for module, cls, state in taken:
+def _put_back(taken: _Taken) -> None:
+    for module, cls, state, feedback in taken:
         swap_in(module, cls, state)
+        learned.put_back(module, feedback)
 
 
 def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:

@@ -78,14 +78,15 @@ _tickets: dict[torch.device, Tensor] = {}
 
 # Where one input's feedback comes from, as its port or probe needs it in the backward: the layer, its rule when
 # the forward ran, the errors that output layers downstream have added, which of the layer's inputs this is, the wall
-# there, if any, and how its rows were picked from the batch, if they were. A tuple, because one is made in every call.
-Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None, Pick | None]
+# there, if any, how its rows were picked from the batch, if they were, and what a rule whose feedback learns will want
+# of the input. A tuple, because one is made in every call.
+Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None, Pick | None, Tensor | None]
 
 
 def _feed(feed: Feed, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """The feedback of all errors that arrived in this backward pass."""
-    state, rule, errors, index, wall, pick = feed
-    fed = state.hand_back(rule, errors, index, shape, dtype, device, pick)
+    state, rule, errors, index, wall, pick, seen = feed
+    fed = state.hand_back(rule, errors, index, shape, dtype, device, pick, seen)
     if wall is not None and fed is not None:
         wall.add(fed)
     return fed
@@ -106,8 +107,8 @@ class Port(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        state, rule, errors, index, wall, pick = ctx.feed
-        if wall is not None or pick is not None:
+        state, rule, errors, index, wall, pick, seen = ctx.feed
+        if wall is not None or pick is not None or seen is not None:
             return _feed(ctx.feed, *ctx.like), None
         return state.hand_back(rule, errors, index, *ctx.like), None
 
@@ -115,24 +116,31 @@ class Port(Function):
 class Probe(Function):
     """Identity on the way into an unsettled layer's operation; backward sees the exact gradient.
 
-    With a scale to be measured, the exact gradient is handed on and its size noted. With a given scale
-    only the output layer was unknown, and the rule's feedback is handed on in place of the exact gradient.
+    With a scale to be measured, or feedback that learns from this pass, the exact gradient is handed on and noted. With
+    a given scale only the output layer was unknown: the rule's feedback is handed on in place of the exact gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, feed: Feed) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.feed = feed
+        ctx.learn = feed[0].exact
         ctx.like = (x.shape, x.dtype, x.device)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None]:
-        state, rule, errors, index, _, pick = ctx.feed
-        if not state.needs_scale(rule):
+        state, rule, errors, index, _, pick, seen = ctx.feed
+        measure = state.needs_scale(rule)
+        if not measure and not ctx.learn:
             return _feed(ctx.feed, *ctx.like), None
         if exact is not None:
-            state.measure(rule, errors, index, exact, pick)
+            if ctx.learn:
+                state.study(rule, errors, index, exact, pick, seen)
+            if measure:
+                state.measure(rule, errors, index, exact, pick)
+            else:
+                state.done(errors)
         return exact, None
 
 

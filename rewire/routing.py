@@ -61,6 +61,7 @@ class Route:
         ambiguous: the guess that was made, in words, where the shapes fit more than one reading.
         reading: what the shapes show clearly about the order of dimensions; None if nothing.
         plain: e and x are both (N, features), so that ``before`` and ``after`` do nothing.
+        runs: each row that ``before`` gives belongs to a run of rows of x, all runs of the same length.
     """
 
     feedback_shape: Shape
@@ -70,6 +71,7 @@ class Route:
     ambiguous: str | None = None
     reading: Reading | None = None
     plain: bool = False
+    runs: bool = True
 
     def __call__(self, signal: Tensor, feedback: Tensor) -> Tensor:
         """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape, B's dtype."""
@@ -169,6 +171,7 @@ def plan(
             route,
             before=(lambda t: inner.before(t.transpose(0, 1))) if swap_e else inner.before,
             after=(lambda t: inner.after(t).transpose(0, 1).contiguous()) if swap_x else inner.after,
+            runs=inner.runs and not swap_x,
         )
     if route.ambiguous is not None and layout == "batch_first":
         route = replace(route, ambiguous=None)  # said to be so
@@ -276,6 +279,7 @@ def _same_batch(x: _Side, e: _Side, n: int, structure: str) -> Route:
             lambda t: e.rows(t).reshape(-1, n),
             lambda t: x.back(_resample(t.reshape(-1, *e.grid, x.features), target).reshape(-1, *x.grid, x.features)),
             "resampled",
+            runs=False,
         )
     return Route(
         (n, x.features),

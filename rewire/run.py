@@ -23,6 +23,7 @@ from rewire.edges import Wall, alias, carry, check, join, port, probe, project, 
 from rewire.errors import PassError
 from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
+from rewire.learning import look
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, picked, upstream
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.rules.base import DirectRule, LocalRule
@@ -120,6 +121,9 @@ def _run(
     if state.role is Role.UNKNOWN:
         state.wiring.note_weight(state, module)
     rule = state.rule
+    if not state.linked and backward_id() == -1:
+        state.link(module)
+        state.refresh()
     if isinstance(rule, DirectRule):
         if _transforming():
             return _transformed(state, rule, module, forward, args, kwargs, index)
@@ -157,7 +161,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         call = Call(state, [] if node is None else [node], [ticket], errors)
         call.mirrored = (x, state.rule)  # type: ignore[assignment]
     else:
-        ticket = port(x, (state, state.rule, errors, 0, None, None))
+        ticket = port(x, (state, state.rule, errors, 0, None, None, None))
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     y = forward(module, x.detach())
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
@@ -245,7 +249,7 @@ def _direct(
             return finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
         pick = _pick(state, x) if state.picks or state.role is Role.UNKNOWN else None
-        feed = (state, rule, errors, index, _wall(state, rule, x), pick)
+        feed = (state, rule, errors, index, _wall(state, rule, x), pick, look(state, rule, x))
         sources = [] if node is None else [node]
         if state.settled:
             ticket = port(x, feed)
@@ -260,7 +264,7 @@ def _direct(
         if isinstance(x, Tensor) and x.requires_grad:
             if x.grad_fn is not None:
                 sources.append(x.grad_fn)
-            feed = (state, rule, errors, index + ports, _wall(state, rule, x), None)
+            feed = (state, rule, errors, index + ports, _wall(state, rule, x), None, look(state, rule, x))
             if state.settled:
                 tickets.append(port(x, feed))
                 leaves[i] = x.detach()
@@ -273,7 +277,8 @@ def _direct(
 
 def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:
     """The wall at a fed-back tensor, if skip connections are cut; not while backprop is being measured."""
-    return wall_at(x) if state.wiring.skip == "cut" and not state.needs_scale(rule) else None
+    exact = state.exact or state.needs_scale(rule)
+    return wall_at(x) if state.wiring.skip == "cut" and not exact else None
 
 
 def finish(
@@ -366,18 +371,26 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     mirrored: list[Tensor] = []
     rules: list[DirectRule] = []
     for feeder in [call, *feeders]:
+        if not feeder.state.rejoined and any(other.state is state for other in feeder.errors):
+            feeder.state.rejoined = True
         feeder.errors.append(error)
         if feeder.mirrored is not None:
-            (x, rule), ticket = feeder.mirrored, feeder.tickets[0]
+            x, rule = feeder.mirrored
+            if x is None:
+                raise PassError(
+                    f"layer {feeder.state.label}: one call of it feeds output layer {state.label} several times, which "
+                    "no pass did before. Run the pass again"
+                )
+            ticket = feeder.tickets[0]
             fits = ticket.shape == y.shape and ticket.dtype is y.dtype and call.pick is None
             if state.role is Role.OUTPUT and fits:
                 mirrored.append(ticket)
                 rules.append(rule)
-                if wiring.certain:  # no other output can come: x need not outlive its layer's backward
-                    feeder.mirrored = None
+                if wiring.certain and not feeder.state.rejoined:  # x need not outlive its layer's backward
+                    feeder.mirrored = None, rule
                     feeder.tickets = []
             else:  # not the output the ticket was made for, or not with an error for each row of x
-                tickets.append(port(x, (feeder.state, rule, [error], 0, None, None)))
+                tickets.append(port(x, (feeder.state, rule, [error], 0, None, None, None)))
                 error.ports += 1
             continue
         tickets.extend(feeder.tickets)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from rewire.arguments import check_loss, check_model
 from rewire.edges import alias, check, port, wall_at
 from rewire.errors import ConversionError, PassError
+from rewire.learning import look
 from rewire.passes import Call, OutputError, backward_id
 from rewire.pieces import Edge, Plan, SeenCall, SeenWall, Step, plan
 from rewire.preview import call as call_model
@@ -281,7 +282,7 @@ class _Pieces(Stream):
                 raise PassError(f"layer {state.label} got other arguments in {_TWICE} than in the first")
             if number is None:
                 if x.requires_grad:
-                    self._backward([port(x, (state, rule, step.errors, i, None, None))])
+                    self._backward([port(x, (state, rule, step.errors, i, None, None, look(state, rule, x)))])
             else:
                 self._feed(x, number, state, rule, step.errors, i)
             leaves[place] = x.detach()
@@ -318,7 +319,7 @@ class _Pieces(Stream):
         if wall.detach and more and source is x:
             # For the layers still to come: takes x's place in the graph, and shares its memory.
             source = self._cut[number] = alias(x)
-        feed = (state, rule, errors, index, wall_at(source) if wall.open else None, None)
+        feed = (state, rule, errors, index, wall_at(source) if wall.open else None, None, look(state, rule, x))
         self._tickets.setdefault(wall.piece, []).append(port(source, feed))
         if wall.detach:
             x.detach_()

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rewire import hosts, traced
+from rewire import hosts, learned, traced
 from rewire.run import run, steady_direct, steady_local
 from rewire.wiring import LayerState
 
@@ -82,8 +82,38 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
         rule = f"rule={self.__dict__[STATE].rule!r}"
         return f"{plain}, {rule}" if plain else rule
 
-    cls = _classes[key] = derive(base, rewired_class, {"forward": forward, "extra_repr": extra_repr})
+    body = {"forward": forward, "extra_repr": extra_repr, **_keeping(parent)}
+    cls = _classes[key] = derive(base, rewired_class, body)
     return cls
+
+
+def _keeping(parent: Any) -> dict[str, Any]:
+    """Methods of a converted layer that see to feedback that learns (:mod:`rewire.learned`)."""
+
+    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        parent._apply(self, *args, **kwargs)  # .to(), .half(): buffers are other tensors afterwards
+        for state in states_of(self):
+            state.relink(self)
+        return self
+
+    def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        tags = [state.tag for state in states_of(self) if state.learns]
+        learned.load(self, parent, tags, state_dict, prefix, *rest)
+        for state in states_of(self):
+            state.relink(self)
+
+    def _save_to_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for state in states_of(self):
+            if state.learns:
+                state.wiring.settle_if_alone()  # what the last pass has shown is a part of what was learned
+                state.count(self)
+        parent._save_to_state_dict(self, *args, **kwargs)
+
+    return {
+        "_apply": _apply,
+        "_load_from_state_dict": _load_from_state_dict,
+        "_save_to_state_dict": _save_to_state_dict,
+    }
 
 
 class Parts:
@@ -109,7 +139,7 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
         attend = _attend_outside_of_compile if _compiling() else hosts.attend
         return attend(self, self.__dict__[STATE].states, state_of(self.out_proj), parent.forward, args, kwargs)
 
-    cls = _classes[key] = derive(base, attention_class, {"forward": forward})
+    cls = _classes[key] = derive(base, attention_class, {"forward": forward, **_keeping(parent)})
     return cls
 
 
@@ -130,10 +160,15 @@ def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:
     module.__class__ = cls
 
 
-def swap_out(module: nn.Module) -> None:
-    """Give ``module`` the class it had before. No trace is left."""
+def swap_out(module: nn.Module) -> dict[str, Tensor | None]:
+    """Give ``module`` the class it had before. No trace is left.
+
+    Returns:
+        Feedback that learned, for :func:`rewire.learned.put_back`.
+    """
     module.__class__ = vars(type(module))["_rewired_from"]
     module.__dict__.pop(STATE, None)
+    return learned.strip(module)
 
 
 def is_swapped(module: nn.Module) -> bool:

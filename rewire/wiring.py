@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import warnings
 from collections.abc import Hashable, Mapping
 from enum import Enum
@@ -19,15 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rewire import learning
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import quick_normal, standard_normal, streams
 from rewire.guard import Guard
 from rewire.layers.kinds import Kind
+from rewire.learned import PREFIX
 from rewire.passes import OutputError, backward_id
 from rewire.picks import Pick
 from rewire.routing import Reading, Route, route_to
-from rewire.rules.base import DirectRule, LocalRule, Rule
+from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule
 from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
 
@@ -37,6 +40,10 @@ _SMALL = 64  # features of e up to which a product with B in the forward costs l
 # Every conversion alive, by number. Compiled graphs can name a conversion, but not hold one.
 conversions: WeakValueDictionary[int, Wiring] = WeakValueDictionary()
 _keys = itertools.count()
+
+
+# Names of learned tensors, after the layer's tag: what it is, of which input, of which output layer.
+_NAME = re.compile(r"([A-Za-z]+)(?:_(\d+))?(?:_at_(.*))?")
 
 
 class Role(Enum):
@@ -61,6 +68,10 @@ class Wiring:
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
         guard: looks at gradients that arrive at layers, if ``on_nonfinite`` asked for it.
+        news: of roles and scales.
+        passed: for feedback that learns: there was a pass.
+        passes: how many there were.
+        rests: nothing is learned now, and no pass is handed back exactly to learn from.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
@@ -89,6 +100,10 @@ class Wiring:
         self.layers: dict[str, LayerState] = {}
         self.errors: dict[str, Tensor] = {}
         self.unsettled = False
+        self.news = False
+        self.passed = False
+        self.passes = 0
+        self.rests = False
         self.looked = False
         self.certain = False
         self.bypassed: set[Tensor] = set()
@@ -108,6 +123,18 @@ class Wiring:
     def _register(self) -> None:
         self.key = next(_keys)
         conversions[self.key] = self
+
+    def rest(self) -> None:
+        """Leave the feedback as it is from now on: for copies that are looked at."""
+        self.rests = True
+        for state in self.layers.values():
+            state.gathered = {}
+            state.refresh()
+
+    @property
+    def learns(self) -> bool:
+        """Whether the feedback of some layer learns."""
+        return any(state.rule.learns for state in self.layers.values())
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -146,20 +173,22 @@ class Wiring:
         if self.asked is not None:
             self._check_asked(state, is_output)
         if is_output:
+            if self.learns and not self.rests:
+                self.passed = self.unsettled = True
             self.errors[state.name] = gradient.detach()
             if state.name not in self.outputs:
                 self.outputs.append(state.name)
         if state.role is Role.OUTPUT:
             # Roles may be known from elsewhere, while no pass of this process has been looked at.
             if not self.looked:
-                self.unsettled = True
+                self.unsettled = self.news = True
             return is_output
         # Roles are votes of passes: a side loss alone may come first and look like the output.
         if is_output != error.voted:
             state.votes += 1 if is_output else -1
             error.voted = is_output
         state.seen = True
-        self.unsettled = True
+        self.unsettled = self.news = True
         return is_output
 
     def _check_asked(self, state: LayerState, is_output: bool) -> None:
@@ -184,6 +213,18 @@ class Wiring:
         the first forward did; so nothing changes before the pass is over.
         """
         self.unsettled = False
+        changed = False
+        if self.passed and not self.news:
+            self.passed = False
+            changed = learning.step(self)
+        if self.news:
+            self._settle_news()
+        elif changed:
+            for state in self.layers.values():
+                state.refresh()
+
+    def _settle_news(self) -> None:
+        self.news = False
         self.looked = True
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
@@ -192,6 +233,9 @@ class Wiring:
         self._forget_hidden_outputs()
         self._settle_scales()
         self._say_bypassed()
+        if self.passed:  # after scales are known, and feedback drawn for good
+            self.passed = False
+            learning.step(self)
         for state in self.layers.values():
             state.refresh()
 
@@ -277,6 +321,7 @@ class LayerState:
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
+        rejoined: one call of it was seen to feed several calls of one layer.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
@@ -285,6 +330,10 @@ class LayerState:
         fixed: the feedback that graph is given; for direct rules, for each input one B for each of ``fixed_outputs``.
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
         random_as: shape, dtype and device of R, as the last pass needed it.
+        exact: for feedback that learns: what is handed back now is backprop's own gradient.
+        gathered: what passes have shown that is not taken in yet, by input.
+        learned: B and whatever else its rule keeps, by the names they have in the module.
+        linked: all of that is in the module.
     """
 
     def __init__(
@@ -315,6 +364,7 @@ class LayerState:
         self.used: Tensor | None = None
         self.settled = False
         self.steady = ""
+        self.rejoined = False
         self.mirror: Tensor | None = None
         self.written = ""
         self.joins_traced = False
@@ -323,6 +373,11 @@ class LayerState:
         self.fixed: tuple[Tensor, ...] = ()
         self.fixed_outputs: tuple[str, ...] = ()
         self.random_as: tuple[torch.Size, torch.dtype, torch.device] | None = None
+        self.exact = False
+        self.gathered: dict[int, dict[str, Tensor]] = {}
+        self.learned: dict[str, Tensor] = {}
+        self.linked = True
+        self._glance: Tensor | None = None
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
         self._made: dict[tuple[Any, ...], Tensor | Feedback] = {}
@@ -348,6 +403,8 @@ class LayerState:
             "observer": None,
             "busy": set(),
             "used": None,
+            "gathered": {},
+            "_glance": None,
         }
 
     @property
@@ -379,11 +436,16 @@ class LayerState:
         """Recompute ``settled`` after role, scale or rule changed."""
         known = self.role is not Role.UNKNOWN
         direct = isinstance(self.rule, DirectRule)
-        self.settled = known and not (isinstance(self.rule, DirectRule) and self.needs_scale(self.rule))
+        rule = self.rule
+        learns = isinstance(rule, LearnedDirect)
+        wiring = self.wiring
+        self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes)
+        self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
         self.steady = ""
-        if self.watched or self.picks or not self.kind.local or self.wiring.guard is not None:
+        special = self.watched or self.picks or self.wiring.guard is not None
+        if special or not self.kind.local or (learns and not self._as_fixed(rule)):
             pass  # something special about its calls; a block may be given anything
         elif direct:
             self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
@@ -393,10 +455,14 @@ class LayerState:
         self.written = repr(self.rule)
         self.traceable = self._traceable()
 
+    def _as_fixed(self, rule: Rule) -> bool:
+        """Whether a pass that learns nothing is one as under fixed feedback."""
+        return self.linked and isinstance(rule, LearnedDirect) and not rule.watches and not rule.context
+
     def _traceable(self) -> bool:
         """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
         rule = self.rule
-        if not self.wiring.looked or self.watched or self.wiring.guard is not None:
+        if not self.wiring.looked or self.watched or rule.learns or self.wiring.guard is not None:
             return False
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
@@ -464,6 +530,7 @@ class LayerState:
     def set_scale(self, scale: float, note: str) -> None:
         """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""
         self.scale, self.scale_note = scale, note
+        self.learned = {}
         self.forget_routes()
 
     # -- direct rules ------------------------------------------------------------------------------
@@ -477,12 +544,16 @@ class LayerState:
         dtype: torch.dtype,
         device: torch.device,
         pick: Pick | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor | None:
         """Feedback of all errors that arrived in this backward pass: a gradient for input ``index``.
 
         Args:
             pick: how the rows of the input were picked from the batch, if they were.
+            seen: what a rule whose feedback learns looked at in the forward.
         """
+        if seen is not None:
+            return learning.hand_back(self, rule, errors, index, shape, dtype, device, pick, seen)
         if len(errors) == 1:  # nearly every pass: no other output could have run this port
             error = errors[0]
             if error.error is None:
@@ -542,7 +613,7 @@ class LayerState:
         if last is not None and last[0] == key:
             _, route, feedback = last
         else:
-            route, feedback = self._find(rule, error, index, shape, signal.shape, dtype, device)
+            route, feedback = self.find(rule, error, index, shape, signal.shape, dtype, device)
             self._last = key, route, feedback
             self.mirror = None
             if route.plain and len(self.wiring.outputs) == 1 and type(feedback) is Tensor:
@@ -572,7 +643,7 @@ class LayerState:
         own = rule.feedback if isinstance(rule, DirectRule) else None
         return self.wiring.structure if own is None else resolve(own)
 
-    def _find(
+    def find(
         self,
         rule: DirectRule,
         error: OutputError,
@@ -609,7 +680,7 @@ class LayerState:
 
     def touched(self) -> bool:
         """Whether somebody changed its fixed feedback in place, so that it is not what the seed gives."""
-        kept = [*self._random.values(), *self._made.values()]
+        kept = [] if self.learns else [*self._random.values(), *self._made.values()]
         return any(isinstance(B, Tensor) and not B.is_inference() and B._version > 0 for B in kept)
 
     @property
@@ -618,6 +689,23 @@ class LayerState:
         if self.reading is not None or len(self.wiring.readings) != 1:
             return self.reading
         return next(iter(self.wiring.readings))
+
+    def plan(
+        self, rule: DirectRule, error: OutputError, shape: torch.Size, e_shape: torch.Size, structure: str
+    ) -> Route:
+        """The way from a signal of ``e_shape`` to an input of ``shape``."""
+        above = error.state.rule
+        return route_to(
+            tuple(shape),
+            self.kind.axis(len(shape)),
+            tuple(e_shape),
+            error.axis,
+            structure=structure,
+            layout=rule.layout,
+            e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
+            seen=self.order,
+            hint=self.layout,
+        )
 
     def _route(
         self,
@@ -631,23 +719,8 @@ class LayerState:
         device: torch.device,
     ) -> _Way:
         wiring = self.wiring
-        above = error.state.rule
-
-        def plan_from(e_shape: tuple[int, ...]) -> Route:
-            return route_to(
-                tuple(shape),
-                self.kind.axis(len(shape)),
-                e_shape,
-                error.axis,
-                structure=structure.routing,
-                layout=rule.layout,
-                e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
-                seen=self.order,
-                hint=self.layout,
-            )
-
         try:
-            route = plan_from(tuple(e_shape))
+            route = self.plan(rule, error, shape, e_shape, structure.routing)
         except RoutingError as problem:
             raise RoutingError(
                 f"layer {self.label} (output layer {error.state.label}): {problem}. Keep the layer on backprop or a "
@@ -676,7 +749,8 @@ class LayerState:
             feedback = self._made[key] = self.direct_feedback(*key)
         if isinstance(feedback, Feedback) and feedback.width != needed[0]:
             features = error.axis % len(e_shape)
-            route = plan_from((*e_shape[:features], feedback.width, *e_shape[features + 1 :]))
+            e_shape = torch.Size([*e_shape[:features], feedback.width, *e_shape[features + 1 :]])
+            route = self.plan(rule, error, shape, e_shape, structure.routing)
         return route, feedback, needed
 
     def direct_feedback(
@@ -689,6 +763,26 @@ class LayerState:
         device: torch.device,
     ) -> Tensor | Feedback:
         """B of a direct rule: its entries have standard deviation ``scale``, or 1 while that is not known."""
+        if self.learns:
+            name = self._name("B", index, output)
+            held = self.learned.get(name)
+            if held is None or held.shape != shape:
+                wide = torch.promote_types(dtype, torch.float32)
+                made = self._drawn(structure, output, index, shape, wide, device)
+                held = self.learned[name] = learning.plain(made, self.rule, self.label)
+                self.unlink()
+            return held.to(device=device, dtype=dtype)
+        return self._drawn(structure, output, index, shape, dtype, device)
+
+    def _drawn(
+        self,
+        structure: Structure,
+        output: str,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor | Feedback:
         wiring = self.wiring
         stream, suffix = streams(self.name, index, output, wiring.outputs)
         scale = 1.0 if self.scale is None else self.scale
@@ -719,7 +813,122 @@ class LayerState:
         sums = torch.stack([exact.detach().double().square().sum(), fed.detach().double().square().sum()]).tolist()
         before = self.sums or (0.0, 0.0)
         self.sums = (before[0] + sums[0], before[1] + sums[1])
-        self.wiring.unsettled = True
+        self.wiring.unsettled = self.wiring.news = True
+
+    def study(
+        self,
+        rule: DirectRule,
+        errors: list[OutputError],
+        index: int,
+        exact: Tensor,
+        pick: Pick | None,
+        seen: Tensor | None,
+    ) -> None:
+        """Let a rule whose feedback learns see the exact gradient of a pass."""
+        assert isinstance(rule, LearnedDirect)
+        learning.find_shapes(self, rule, errors, index, exact.shape, exact.dtype, exact.device, pick)
+        learning.gather(self, rule, errors, index, exact.shape, exact, pick, seen, exact.dtype)
+
+    def done(self, errors: list[OutputError]) -> None:
+        """The layer will not ask for the errors of this pass any more."""
+        for error in errors:
+            if error.here() and error.error is not None:
+                error.used()
+
+    # -- feedback that learns ------------------------------------------------------------------------
+
+    @property
+    def learns(self) -> bool:
+        """Whether the layer's feedback changes in training."""
+        return self.rule.learns
+
+    @property
+    def tag(self) -> str:
+        """How the names of its learned feedback begin, among its module's buffers and parameters."""
+        return PREFIX + (f"{self.kind.part}_" if self.kind.part else "")
+
+    def _name(self, what: str, index: int, output: str = "") -> str:
+        """Name of one tensor of it; every output layer but the first has feedback of its own."""
+        further = f"_at_{output.replace('.', '_')}" if output and self.wiring.outputs.index(output) > 0 else ""
+        return f"{self.tag}{what}{f'_{index}' if index else ''}{further}"
+
+    def held(self, output: str, index: int) -> Tensor:
+        """The B that learns; every other copy is made from it."""
+        name = self._name("B", index, output)
+        if name not in self.learned:
+            self._made_for(output, index, self.shapes[output, index])
+        return self.learned[name]
+
+    def memory(self, index: int) -> dict[str, Tensor]:
+        """What the rule keeps besides B, by name."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.learned.items():
+            parts = _NAME.fullmatch(name.removeprefix(self.tag))
+            if parts is not None and parts[1] not in ("B", "passes") and int(parts[2] or 0) == index:
+                found[parts[1]] = tensor
+        return found
+
+    def remember(self, index: int, memory: dict[str, Tensor]) -> None:
+        """Keep what the rule has changed, and let nobody use an older B."""
+        kept = {self._name(what, index): tensor for what, tensor in memory.items()}
+        kept[f"{self.tag}passes"] = torch.tensor(self.wiring.passes)  # kept up to date by count()
+        for name, tensor in kept.items():
+            before = self.learned.get(name)
+            if before is not None and before.shape == tensor.shape and before.dtype == tensor.dtype:
+                if before is not tensor:
+                    before.copy_(tensor)
+            else:
+                self.learned[name] = tensor
+                self.unlink()
+        self.drop_copies()
+
+    def count(self, module: nn.Module) -> None:
+        """Before saving: everything is in the module, and so is the number of passes."""
+        passes = self.learned.get(f"{self.tag}passes")
+        if passes is not None:
+            passes.fill_(self.wiring.passes)
+        self.link(module)
+
+    def unlink(self) -> None:
+        """There is something new to be linked by the layer's next call."""
+        self.linked = False
+        self.steady = ""
+
+    def drop_copies(self) -> None:
+        """Forget copies of B in other dtypes or on other devices."""
+        ours = {id(tensor) for tensor in self.learned.values()}
+        if any(id(B) not in ours for B in self._made.values()):
+            self.forget_routes()
+
+    def link(self, module: nn.Module) -> None:
+        """Make what was learned a part of the module."""
+        for name, tensor in self.learned.items():
+            if module._buffers.get(name) is not tensor:
+                module.register_buffer(name, tensor)
+        self.linked = True
+
+    def relink(self, module: nn.Module) -> None:
+        """The module's tensors may be others now: moved, cast, loaded."""
+        if not self.learns:
+            return
+        found = {name: t for name, t in module._buffers.items() if name.startswith(self.tag) and t is not None}
+        if not found:
+            return
+        self.learned = found
+        passes = found.get(f"{self.tag}passes")
+        if passes is not None:
+            self.wiring.passes = max(self.wiring.passes, int(passes))
+        if self.scale is None:
+            self.scale, self.scale_note = 1.0, "learned, and loaded"
+        self.forget_routes()
+        self.refresh()
+
+    def glance(self, context: int, features: int) -> Tensor:
+        """P for :func:`rewire.learning.look`."""
+        found = self._glance
+        if found is None or found.shape != (features, context):
+            found = self._glance = learning.glance(self.wiring.seed, self.name, context, features)
+        return found
 
     # -- local rules -------------------------------------------------------------------------------
 

@@ -113,6 +113,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "given": {"rule": "dfa", "scale": {"mid": 0.3, "twice": 0.2}, "output": ["head", "side"], "seed": 3},
     "block": {"rule": "dfa", "model": "Sequence", "blocks": ["layer"]},
+    # Fitted between the two halves, and from what was gathered before.
+    "fitted-often": {"rule": "fitted(every=3)"},
     "experts": {"rule": "dfa", "model": "Experts"},
     "steps": {"rule": "dfa", "model": "Steps"},
     "attention-dfa": {"rule": "dfa", "model": "Sequence"},

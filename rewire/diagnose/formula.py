@@ -95,6 +95,31 @@ def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tens
     return None
 
 
+def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) -> Tensor | None:
+    """What the layer's own input x adds under a rule that looks at it: e c C for each row of e and of x, c being x P.
+
+    Args:
+        sent: what is projected, and its dimension with the n features.
+
+    Returns:
+        A tensor of x's shape; None where the rows of e do not each belong to a run of rows of x.
+    """
+    C = state.memory(index).get("C")
+    if C is None:
+        return torch.zeros_like(x)
+    e, axis = sent
+    features = state.kind.axis(x.dim())
+    rows = e.movedim(axis, -1).reshape(-1, e.shape[axis]).to(C.dtype)
+    seen = x.detach().movedim(features, -1)
+    flat = seen.reshape(-1, seen.shape[-1]).to(C.dtype)
+    if len(flat) % len(rows) or (state.order and any(state.order)) or C.shape[0] != rows.shape[1]:
+        return None
+    c = flat @ state.glance(C.shape[1], flat.shape[1]).to(flat)
+    of = torch.arange(len(flat), device=x.device) // (len(flat) // len(rows))
+    made = torch.einsum("mn,mr,nrf->mf", rows[of], c, C)
+    return made.reshape(seen.shape).movedim(-1, features).to(x.dtype)
+
+
 # -- local rules ---------------------------------------------------------------------------------------
 
 # (W, R, s) -> B

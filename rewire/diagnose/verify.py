@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rewire.arguments import check_loss, check_model
 from rewire.convert import feedback, restore
-from rewire.diagnose.formula import Local, fed_back, signal
+from rewire.diagnose.formula import Local, context, fed_back, signal
 from rewire.diagnose.graph import Flow
 from rewire.diagnose.samples import Samples, weighted
 from rewire.diagnose.watch import (
@@ -45,7 +45,7 @@ from rewire.diagnose.watch import (
 from rewire.errors import ConversionError, RoutingError
 from rewire.layers.registry import kind_of
 from rewire.preview import call as call_model
-from rewire.rules.base import BP, DirectRule, LocalRule
+from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
 from rewire.wiring import LayerState
 
 LIVE = "live"
@@ -208,6 +208,10 @@ class _Verify:
         self.states = states = {name: layer.state for name, layer in self.layers.items()}
         self.cut = {n for n, s in states.items() if s.wiring.skip == "cut" and isinstance(s.rule, DirectRule)}
         buffers = Buffers(model)
+        wirings = {state.wiring for state in states.values()}
+        for wiring in wirings:
+            if any(state.learned for state in wiring.layers.values()):
+                wiring.rest()
         for _ in range(4):  # roles, then scales; the same random numbers, so that the same layers run each time
             known = {name for name, state in states.items() if state.settled}
             if all(s.ran and s.settled for s in states.values()):
@@ -217,6 +221,8 @@ class _Verify:
                 state.wiring.settle_if_alone()
             if known and known == {name for name, state in states.items() if state.settled}:
                 break
+        for wiring in wirings:
+            wiring.rest()
         draws = {state: state.draws for state in states.values()}
         self._again(buffers)
         ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)
@@ -513,7 +519,22 @@ class _Verify:
                 if fed is None:
                     return None
                 total = total + (fed if pick is None else pick(fed)).to(total.dtype)
+        if isinstance(rule, LearnedDirect) and rule.context:
+            return self._with_context(total, call, place, number, dim)
         return total
+
+    def _with_context(self, fed: Tensor, call: Seen, place: Place, number: int, dim: int | None) -> Tensor | None:
+        """``fed`` and what the layer's own input adds to it, where a rule looks at that."""
+        sent = []
+        for output in self.flow.downstream(self.calls[call]):
+            for e in self.errors.get(output, []):
+                if e is None or output.pick is not None:
+                    return None
+                axis = output.state.kind.axis(e.dim())
+                signalled = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
+                sent.append((signalled if dim is None else weighted(signalled, axis, dim), axis))
+        added = context(call.state, number, place.x, sent[0]) if len(sent) == 1 else None
+        return None if added is None else fed + added.to(fed.dtype)
 
     def _astray(self, call: Seen, place: Place, fed: Tensor | None) -> bool:
         """Whether a row got the feedback of another sample's error."""

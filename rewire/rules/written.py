@@ -96,4 +96,6 @@ def _value(node: ast.expr, text: str) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         shown = ast.unparse(node)
-        raise ConversionError(f"cannot read {shown!r} in rule {text!r}: values are numbers, strings or structures") from None
+        raise ConversionError(
+            f"cannot read {shown!r} in rule {text!r}: values are numbers, strings or structures"
+        ) from None
