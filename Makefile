@@ -21,7 +21,7 @@ DEV := $(VENV)/.dev
 help:
 	@echo "make demo       set up, then compare rules on real handwritten digits (about a minute and a half)"
 	@echo "make test       set up, then run the tests"
-	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-slow  the tests that take minutes; 20,000 training steps with flat memory among them"
 	@echo "make lint       ruff and mypy --strict;  make format  rewrites the files as ruff wants them"
 	@echo "make bench      every benchmark, about an hour; BENCH=--quick some minutes, BENCH=\"--device cuda\" on a GPU"
 	@echo "make zoo        every model of torchvision, timm and transformers' list under fa and dfa; goes on where it stopped"
@@ -38,6 +38,7 @@ $(DEV): $(BASE)
 	$(PIP) install -e ".[dev]"
 	$(PIP) install --no-deps "$(TORCHVISION)" timm
 	$(PIP) install transformers pillow
+	$(PIP) install -e ".[export]"
 	@touch $@
 
 demo: $(BASE)

@@ -1,6 +1,7 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
 from rewire import functional, structures
+from rewire.checkpoint import config, load_config, save_config
 from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
 from rewire.diagnose.alignment import Alignment, alignment
 from rewire.diagnose.recorder import Recorder
@@ -26,13 +27,16 @@ __all__ = [
     "Rule",
     "alignment",
     "backward_streamed",
+    "config",
     "convert",
     "feedback",
     "functional",
+    "load_config",
     "output_error",
     "register_rule",
     "restore",
     "rules",
+    "save_config",
     "scales",
     "structures",
     "summary",

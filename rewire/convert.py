@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from rewire import hosts, learned, structures
+from rewire.arguments import check_model
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
+from rewire.guard import MODES, Guard
 from rewire.layers.own_forward import OwnForward
 from rewire.rules import DirectRule, LearnedDirect, LocalRule, Rule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
@@ -19,6 +21,7 @@ from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class
 from rewire.wiring import LayerState, Role, Wiring, weight_scale
 
 M = TypeVar("M", bound=nn.Module)
+_LARGEST = sys.float_info.max
 
 
 def convert(
@@ -33,6 +36,7 @@ def convert(
     scale: str | float | Mapping[str, float] = "auto",
     seed: int = 0,
     derivative: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] | None = None,
+    on_nonfinite: str | None = None,
 ) -> M:
     """Change how errors travel backwards through ``model``, in place, and return it.
 
@@ -65,6 +69,13 @@ def convert(
         seed: of all random feedback.
         derivative: ``{activation type: f'}``: f'(a), of a's shape, replaces the activation's own derivative in
             the backward pass.
+        on_nonfinite: what to do when the gradient that arrives at a layer's output (at an output layer: e) is not
+            finite, when e is all zeros, or when one is 1,000 times larger than any in the first ten passes.
+            ``"warn"``: say so, once by layer name. ``"raise"``: :class:`PassError`, before it reaches the layer's
+            parameters. ``"skip"``: drop it there, with a warning: parameters it would have reached keep the ``.grad``
+            they had (None after ``zero_grad()``, so that an optimizer leaves them alone); 100 in a row are an error.
+            None: do not look, at no cost. PyTorch's gradient scaler has to see what is not finite: None or
+            ``"warn"`` with it. Looking costs a reduction for each layer and pass, and on a GPU a wait for its result.
 
     Returns:
         ``model``, the same object.
@@ -75,10 +86,9 @@ def convert(
     Example:
         >>> model = rewire.convert(torchvision.models.resnet18(), "dfa", layers={"fc": "bp"})
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert needs a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "convert")
     structure = structures.resolve(feedback)
-    _check_options(skip, scale, seed)
+    _check_options(skip, scale, seed, on_nonfinite)
     earlier = _take_off(model)
     try:
         choices = select(model, rule, layers, blocks)
@@ -88,10 +98,11 @@ def convert(
             structure=structure,
             scale=scale,
             asked=_output_names(choices, output),
+            guard=None if on_nonfinite is None else Guard(on_nonfinite),
         )
         scale_of = _scales_given(choices, scale)
         states = [_state(choice, wiring, scale_of(choice)) for choice in choices]
-        surrogates = _surrogates(model, derivative or {}, choices)
+        surrogates = _surrogates(model, {} if derivative is None else derivative, choices)
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
         _put_back(earlier)
@@ -122,6 +133,7 @@ def restore(model: M) -> M:
         ConversionError: if something put a class of its own on top of a converted layer (a parametrization,
             ``fully_shard``): that has to come off first.
     """
+    check_model(model, "restore")
     _take_off(model)
     for module in model.modules():
         hosts.remove(module)
@@ -222,14 +234,17 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
 # -- parts -------------------------------------------------------------------------------------------
 
 
-def _check_options(skip: object, scale: object, seed: object) -> None:
-    if skip not in ("keep", "cut"):
+def _check_options(skip: object, scale: object, seed: object, on_nonfinite: object) -> None:
+    if not isinstance(skip, str) or skip not in ("keep", "cut"):
         raise ConversionError(f"skip is 'keep' or 'cut', not {skip!r}")
+    if on_nonfinite is not None and not (isinstance(on_nonfinite, str) and on_nonfinite in MODES):
+        hint = nearest(on_nonfinite, MODES) if isinstance(on_nonfinite, str) else ""
+        raise ConversionError(f"on_nonfinite is {', '.join(map(repr, MODES))} or None, not {on_nonfinite!r}{hint}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConversionError(f"seed is an int, not {seed!r}")
-    values = scale.values() if isinstance(scale, Mapping) else () if scale == "auto" else (scale,)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    auto = isinstance(scale, str) and scale == "auto"
+    for value in scale.values() if isinstance(scale, Mapping) else () if auto else (scale,):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
             raise ConversionError(
                 f"scale is 'auto' or a positive number (or a dict of them by layer name), not {value!r}"
             )
@@ -254,12 +269,14 @@ def _check_learns(state: LayerState, rule: Rule | None = None) -> None:
 def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if output is None:
         return None
+    if not isinstance(output, (str, Sequence)):
+        raise ConversionError(f"output is a layer's name, or several, or None to have it found, not {output!r}")
     asked = (output,) if isinstance(output, str) else tuple(output)
     known = {name: choice.name for choice in choices for name in choice.names}
     if not asked:
         raise ConversionError("output is a layer's name, or several, or None to have it found")
     for name in asked:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             hint = nearest(name, known) if isinstance(name, str) else ""
             raise ConversionError(f"output: no layer is named {name!r}{hint}; layers: {_some(known)}")
     return tuple(dict.fromkeys(known[name] for name in asked))
@@ -275,7 +292,8 @@ def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float
         known = {choice.name for choice in choices}
         for name in scale:
             if name not in known:
-                raise ConversionError(f"scale: no layer is named {name!r}{nearest(name, known)}")
+                hint = nearest(name, known) if isinstance(name, str) else ""
+                raise ConversionError(f"scale: no layer is named {name!r}{hint}")
         return lambda choice: scale.get(choice.name)
     if isinstance(scale, str):
         return lambda choice: None
@@ -301,6 +319,8 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
 def _surrogates(
     model: nn.Module, derivative: Mapping[type[nn.Module], Callable[[Tensor], Tensor]], choices: list[Choice]
 ) -> list[tuple[nn.Module, type[nn.Module], DerivativeState]]:
+    if not isinstance(derivative, Mapping):
+        raise ConversionError(f"derivative: a dict {{module type: function of a}} is needed, not {derivative!r}")
     taken = {choice.module for choice in choices}
     found: list[tuple[nn.Module, type[nn.Module], DerivativeState]] = []
     for kind, function in derivative.items():
@@ -344,6 +364,7 @@ def _put_back(taken: _Taken) -> None:
 
 
 def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
+    check_model(model, "rewire")
     found = [(module, state) for module in model.modules() for state in states_of(module)]
     if not found:
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from rewire import attention, uses
+from rewire import attention, traced, uses
 from rewire.errors import PassError
 from rewire.passes import backward_id
 from rewire.uses import Owned
@@ -92,6 +92,8 @@ def enter(module: nn.Module, args: Any) -> None:
         return
     host: Host = module.__dict__[_ATTRIBUTE]
     if torch.compiler.is_compiling():
+        if traced.exports(module.training):
+            return
         if host.used:
             raise PassError(
                 f"{type(module).__name__} uses the weight of layer {host.used[0][1].label} itself, which a compiled "

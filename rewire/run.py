@@ -90,16 +90,20 @@ def run(
         index: number of the (first) input, for layers with several.
     """
     if not state.watched:
-        return _run(state, module, forward, args, kwargs, kind or state.kind, index)
-    # What watches for uses of the weight elsewhere must not take the layer itself for one.
-    me = get_ident()
-    if me in state.busy:
-        return forward(module, *args, **kwargs)
-    state.busy.add(me)
-    try:
-        return _run(state, module, forward, args, kwargs, kind or state.kind, index)
-    finally:
-        state.busy.discard(me)
+        output = _run(state, module, forward, args, kwargs, kind or state.kind, index)
+    else:
+        # What watches for uses of the weight elsewhere must not take the layer itself for one.
+        me = get_ident()
+        if me in state.busy:
+            return forward(module, *args, **kwargs)
+        state.busy.add(me)
+        try:
+            output = _run(state, module, forward, args, kwargs, kind or state.kind, index)
+        finally:
+            state.busy.discard(me)
+    if state.wiring.guard is not None:
+        state.wiring.guard.watch(state, output)
+    return output
 
 
 def _run(

@@ -95,7 +95,11 @@ def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 def _listed(blocks: Sequence[Pattern] | Pattern | None) -> tuple[Pattern, ...]:
     if blocks is None:
         return ()
-    return (blocks,) if isinstance(blocks, (str, type)) else tuple(blocks)
+    if isinstance(blocks, (str, type)):
+        return (blocks,)
+    if not isinstance(blocks, Iterable):
+        raise ConversionError(f"blocks: name patterns or module types are needed, not {blocks!r}")
+    return tuple(blocks)
 
 
 def fits(pattern: Pattern, module: nn.Module, names: Iterable[str]) -> bool:
@@ -147,7 +151,7 @@ def _assign(choices: list[Choice], layers: Layers | None) -> None:
                 raise ConversionError(f"layers: no layer fits {_show(pattern)}{hint}")
             for choice in fitting:
                 choice.rule = rule
-    elif callable(layers):
+    elif callable(layers) and not isinstance(layers, (type, nn.Module)):
         for choice in choices:
             chosen = layers(choice.name, choice.module)
             if chosen is not None:

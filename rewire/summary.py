@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from rewire.errors import ConversionError
+from rewire.arguments import check_model
 from rewire.layers.registry import kind_of, why_not
 from rewire.preview import Shapes, preview
 from rewire.rules.base import DirectRule, LocalRule
@@ -102,8 +102,7 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
         inputs: a tensor, tuple or dict for the model. With it, one forward without a backward (in eval mode,
             leaving no trace) shows what direct feedback will cost before any of it is allocated.
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"summary needs a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "summary")
     for wiring in {id(state.wiring): state.wiring for m in model.modules() for state in states_of(m)}.values():
         wiring.settle_if_alone()
     expected = preview(model, inputs) if inputs is not None else None

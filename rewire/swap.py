@@ -67,6 +67,8 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():
+            if traced.exports(self.training):
+                return parent.forward(self, *args, **kwargs)
             if traced.prepare(state.wiring.key, state.name) and state.in_graph:
                 return traced.call(state, self, parent.forward, args, kwargs)
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
@@ -132,6 +134,8 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
             return parent.forward(self, *args, **kwargs)
+        if _compiling() and traced.exports(self.training):
+            return parent.forward(self, *args, **kwargs)
         attend = _attend_outside_of_compile if _compiling() else hosts.attend
         return attend(self, self.__dict__[STATE].states, state_of(self.out_proj), parent.forward, args, kwargs)
 
@@ -144,7 +148,7 @@ _disable: Callable[..., Any] = torch.compiler.disable
 _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
     "the first compiled one: it finds the output layers and measures scales. Not compiled at all: skip='cut', drtp, "
-    "brsf, feedback that is no plain tensor, nn.MultiheadAttention, weights that other modules use"
+    "brsf, feedback that is no plain tensor, nn.MultiheadAttention, weights that other modules use, on_nonfinite"
 )
 _outside_of_compile: Callable[..., Any] = _disable(run, reason=_why)
 _attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)

@@ -222,6 +222,34 @@ def prepare(key: int, name: str) -> bool:
     return True
 
 
+_exporting: Callable[[], bool] = torch.compiler.is_exporting
+_NO_EXPORT = (
+    "rewire: an exported program has PyTorch's own backward in place of the rules of a converted model. Call "
+    "rewire.restore(model) first; or, to export the forward alone, model.eval() or torch.no_grad()"
+)
+
+
+def _cannot_export() -> None:
+    raise PassError(_NO_EXPORT)
+
+
+_disable: Callable[..., Any] = torch.compiler.disable
+_refuse: Callable[[], None] = _disable(_cannot_export, reason=_NO_EXPORT)
+
+
+def exports(training: bool) -> bool:
+    """Whether a forward that Dynamo or ``torch.export`` traces is to be exported: then it runs without any rule.
+
+    Raises:
+        PassError: in training mode, where the rule would be missed without a word.
+    """
+    if not _exporting():
+        return False
+    if training:
+        _refuse()
+    return True
+
+
 # -- traced by Dynamo ----------------------------------------------------------------------------------
 
 

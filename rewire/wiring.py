@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from rewire import learning
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
-from rewire.feedback import quick_normal, standard_normal
+from rewire.feedback import quick_normal, standard_normal, streams
+from rewire.guard import Guard
 from rewire.layers.kinds import Kind
 from rewire.learned import PREFIX
 from rewire.passes import OutputError, backward_id
@@ -67,6 +68,7 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
+        guard: looks at gradients that arrive at layers, if ``on_nonfinite`` asked for it.
         news: of roles and scales.
         passed: for feedback that learns: there was a pass.
         passes: how many there were.
@@ -88,7 +90,9 @@ class Wiring:
         structure: Structure,
         scale: str | float | Mapping[str, float],
         asked: tuple[str, ...] | None,
+        guard: Guard | None = None,
     ) -> None:
+        self.guard = guard
         self.seed = seed
         self.skip = skip
         self.structure = structure
@@ -178,6 +182,9 @@ class Wiring:
             if state.name not in self.outputs:
                 self.outputs.append(state.name)
         if state.role is Role.OUTPUT:
+            # Roles may be known from elsewhere, while no pass of this process has been looked at.
+            if not self.looked:
+                self.unsettled = self.news = True
             return is_output
         # Roles are votes of passes: a side loss alone may come first and look like the output.
         if is_output != error.voted:
@@ -442,7 +449,8 @@ class LayerState:
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
         self.steady = ""
-        if self.watched or self.picks or not self.kind.local or (learns and not self._as_fixed(rule)):
+        special = self.watched or self.picks or self.wiring.guard is not None
+        if special or not self.kind.local or (learns and not self._as_fixed(rule)):
             pass  # something special about its calls; a block may be given anything
         elif direct:
             self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
@@ -459,7 +467,7 @@ class LayerState:
     def _traceable(self) -> bool:
         """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
         rule = self.rule
-        if not self.wiring.looked or self.watched or rule.learns:
+        if not self.wiring.looked or self.watched or rule.learns or self.wiring.guard is not None:
             return False
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
@@ -674,6 +682,18 @@ class LayerState:
         self._random = {}
         self.local = None
 
+    def forget(self) -> None:
+        """Drop all that was made for, or shown by, passes."""
+        self.forget_routes()
+        self._random = {}
+        self.local = self.used = self.random_as = None
+        self.shapes, self.structures, self.kept_as = {}, {}, {}
+
+    def touched(self) -> bool:
+        """Whether somebody changed its fixed feedback in place, so that it is not what the seed gives."""
+        kept = [] if self.learns else [*self._random.values(), *self._made.values()]
+        return any(isinstance(B, Tensor) and not B.is_inference() and B._version > 0 for B in kept)
+
     @property
     def order(self) -> Reading | None:
         """The order of dimensions that this layer has shown, or else all others that showed one."""
@@ -775,11 +795,9 @@ class LayerState:
         device: torch.device,
     ) -> Tensor | Feedback:
         wiring = self.wiring
-        stream = self.name if index == 0 else f"{self.name}#{index}"
-        further = output in wiring.outputs and wiring.outputs.index(output) > 0
-        suffix = f"@{output}" if further else ""  # further outputs have feedback of their own
+        stream, suffix = streams(self.name, index, output, wiring.outputs)
         scale = 1.0 if self.scale is None else self.scale
-        return structure.make(Place(wiring.seed, stream + suffix, suffix, shape, scale, dtype, device, wiring.common))
+        return structure.make(Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common))
 
     def direct_feedbacks(self, module: nn.Module) -> dict[tuple[str, int], Tensor]:
         """The dense B by (output layer, input), as used last; made again where a copy of the model dropped it."""

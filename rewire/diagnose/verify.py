@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rewire.arguments import check_model
 from rewire.convert import feedback, restore
 from rewire.diagnose.formula import Local, context, fed_back, signal
 from rewire.diagnose.graph import Flow
@@ -161,6 +162,7 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
     Example:
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
+    check_model(model, "verify")
     if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     random = Randomness()

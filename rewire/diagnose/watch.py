@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from rewire.arguments import check_loss
 from rewire.passes import backward_id
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
@@ -210,6 +211,7 @@ class Pass:
         self._whole = whole
         with self._watched(layers.values()):
             self.loss = loss_fn(call_model(model, inputs))
+        check_loss(self.loss)
 
     def __iter__(self) -> Iterator[Seen]:
         return (call for calls in self.calls.values() for call in calls)
@@ -366,7 +368,9 @@ def gradients_of(
 ) -> Gradients:
     """The gradients of all parameters by name, from a pass that nobody watches."""
     run: Callable[..., None] = torch.autograd.backward
-    run([loss_fn(call_model(model, inputs))], inputs=leaves)
+    loss = loss_fn(call_model(model, inputs))
+    check_loss(loss)
+    run([loss], inputs=leaves)
     return take_gradients(model)
 
 

@@ -190,7 +190,7 @@ def register_rule(name: str) -> Callable[[type[R]], type[R]]:
         ...     def backward_weight(self, weight, random, scale):
         ...         return weight / 2
     """
-    if not name.isidentifier() or name != name.lower():
+    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
         raise ConversionError(f"a rule's name is a lower-case identifier, not {name!r}")
     if name in _registry:
         raise ConversionError(f"a rule named {name!r} is registered already")
