@@ -113,6 +113,10 @@ def _run(
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
+    if not _takes_part(module, args, kwargs):
+        return _idle(state, forward(module, *args, **kwargs))
+    if state.idle:
+        state.wake()
     if state.role is Role.UNKNOWN:
         state.wiring.note_weight(state, module)
     rule = state.rule
@@ -134,6 +138,33 @@ def _run(
     x = args[0] if args else None
     pick = _pick(state, x) if (state.picks or state.role is Role.UNKNOWN) and isinstance(x, Tensor) else None
     return finish(state, output, _sources(args, kwargs), [], [], 0, pick)
+
+
+def _takes_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether anything about the call may need a gradient. It does not where the layer and all below are frozen."""
+    if kwargs or len(args) != 1:
+        args = (*args, *kwargs.values())
+    for x in args:
+        # What is no tensor may hold some; only blocks are given such.
+        if not isinstance(x, Tensor):
+            if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(x)[0]):
+                return True
+        elif x.requires_grad:
+            return True
+    own = module.parameters() if module._modules else module._parameters.values()
+    return any(p is not None and p.requires_grad for p in own)
+
+
+def _idle(state: LayerState, output: Any) -> Any:
+    """What a layer returns that takes no part: its output, and no trace on any graph."""
+    state.idle = True
+    if isinstance(output, Tensor) and not output.requires_grad:
+        return output
+    # A weight given from outside, or a forward that asks for a gradient itself.
+    if any(isinstance(y, Tensor) and y.requires_grad for y in tree_flatten(output)[0]):
+        state.wake()
+        return finish(state, output, [], [], [], 0)
+    return output
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import uuid
 import warnings
 from collections.abc import Hashable, Mapping
 from enum import Enum
@@ -64,6 +65,7 @@ class Wiring:
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
         key: a number of its own in this process: its name in compiled graphs.
+        origin: the same in all copies.
         common: what structures of feedback keep once for all layers.
     """
 
@@ -92,6 +94,7 @@ class Wiring:
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
         self._warned: set[str] = set()
+        self.origin = uuid.uuid4().hex
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,9 +122,26 @@ class Wiring:
         """Take for said what a copy has said."""
         self._warned |= other._warned
 
+    def met(self, state: LayerState) -> None:
+        """A layer of another conversion feeds one of this. Right for two models, but not for parts of one.
+
+        A layer that was copied out of a converted model has a conversion of its own, as any copy has. Put back beside
+        the others, it takes no part in their passes.
+        """
+        if state.wiring.origin != self.origin or not isinstance(state.rule, DirectRule):
+            return
+        here, there = ({s.name for s in wiring.layers.values() if s.ran} for wiring in (self, state.wiring))
+        if not here & there:  # whole copies, one feeding the other, have all layers each
+            self.warn_once(
+                "copied part",
+                f"layer {state.label} feeds a copy of layer {min(here)!r} that was made after conversion (by an "
+                "adapter library, say), and copies are models of their own: no output error passes between the two. "
+                "Convert the whole model again, rewire.convert(model, ...)",
+            )
+
     def note_weight(self, state: LayerState, module: nn.Module) -> None:
         """In a first pass: whose weight is whose."""
-        weight = module._parameters.get(state.kind.parameter) if state.kind.local else None
+        weight = state.kind.own(module) if state.kind.local else None
         if weight is not None:
             self._weights[weight] = state
 
@@ -181,7 +201,7 @@ class Wiring:
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
-        self.certain = all(state.role is not Role.UNKNOWN for state in self.layers.values())
+        self.certain = all(state.role is not Role.UNKNOWN or state.idle for state in self.layers.values())
         self._forget_hidden_outputs()
         self._settle_scales()
         self._say_bypassed()
@@ -264,6 +284,7 @@ class LayerState:
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
         picks: its input was seen to be rows picked from the batch by index.
+        idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.
         observer: called before and after each such use, as forward hooks are around a forward.
@@ -296,6 +317,7 @@ class LayerState:
         self.functional = False
         self.watched = False
         self.busy: set[int] = set()
+        self.idle = False
         self.lost = ""
         self.picks = False
         self.observer: tuple[Any, Any] | None = None
@@ -391,6 +413,8 @@ class LayerState:
         rule = self.rule
         if not self.wiring.looked or self.watched:
             return False
+        if self.idle:
+            return True
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
         if isinstance(rule, DirectRule):
@@ -403,7 +427,7 @@ class LayerState:
         self.refresh()
         wiring, rule = self.wiring, self.rule
         wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
-        ran = [state for state in wiring.layers.values() if state.ran]
+        ran = [state for state in wiring.layers.values() if state.ran and not state.idle]
         direct = [state for state in ran if isinstance(state.rule, DirectRule)]
         # The layers of a pass find each other on one graph: all of them are part of it, or none.
         together = all(state.traceable and state._plain() for state in direct) and not any(s.picks for s in ran)
@@ -429,6 +453,11 @@ class LayerState:
         if key not in self._made:
             self._made[key] = self.direct_feedback(*key)
         return self._made[key]
+
+    def wake(self) -> None:
+        """A layer that took no part takes part again: it may turn out to be anything."""
+        self.idle = False
+        self.wiring.certain = False
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
