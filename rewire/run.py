@@ -152,7 +152,10 @@ def _takes_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         elif x.requires_grad:
             return True
     own = module.parameters() if module._modules else module._parameters.values()
-    return any(p is not None and p.requires_grad for p in own)
+    for p in own:  # noqa: SIM110  (this runs in every call of every frozen layer)
+        if p is not None and p.requires_grad:
+            return True
+    return False
 
 
 def _idle(state: LayerState, output: Any) -> Any:
