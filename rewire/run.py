@@ -119,6 +119,8 @@ def _run(
         state.wake()
     if state.role is Role.UNKNOWN:
         state.wiring.note_weight(state, module)
+        if state.active:
+            state.check_ranks(module)
     rule = state.rule
     if isinstance(rule, DirectRule):
         if _transforming():
@@ -270,6 +272,8 @@ def _direct(
 ) -> Any:
     """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
     errors: list[OutputError] = []
+    if not state.settled:
+        state.wiring.note_ranks(module)
     if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):  # nearly every layer
         if not x.requires_grad:
             return finish(state, forward(module, x), [], [], errors, 0)

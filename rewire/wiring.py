@@ -17,10 +17,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from rewire.distributed import sum_over_ranks
+from rewire.distributed import Groups, groups_of, in_parallel_forward, is_split, several, stage_of_pipeline, sum_pairs
 from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import quick_normal, standard_normal
 from rewire.layers.kinds import Kind
@@ -67,6 +66,8 @@ class Wiring:
         key: a number of its own in this process: its name in compiled graphs.
         origin: the same in all copies.
         common: what structures of feedback keep once for all layers.
+        groups: process groups of the ranks that train these layers together, as measuring passes showed.
+        wrapped: they were those of a wrapper whose forward has to be running for ranks to meet.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class Wiring:
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
+        self.groups: Groups = ()
+        self.wrapped = False
         self._warned: set[str] = set()
         self.origin = uuid.uuid4().hex
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}}
+        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -186,9 +189,14 @@ class Wiring:
 
     def settle_if_alone(self) -> None:
         """Settle for somebody who asks between passes. With several ranks the next forward does it, on all of them."""
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if self.unsettled and alone and backward_id() == -1:
+        if self.unsettled and not several() and backward_id() == -1:
             self.settle()
+
+    def note_ranks(self, module: nn.Module) -> None:
+        """In the forward of a first pass: who trains these layers together."""
+        if several() and not self.groups:
+            self.groups = groups_of(module)
+            self.wrapped = in_parallel_forward()
 
     def settle(self) -> None:
         """Take in what the last pass showed: roles and scales. Called by the next forward, never in backward.
@@ -196,6 +204,8 @@ class Wiring:
         A backward may run forwards of its own (activation checkpointing), which must find everything as
         the first forward did; so nothing changes before the pass is over.
         """
+        if self.groups and self.wrapped and not in_parallel_forward():
+            return  # a call on this rank alone, perhaps; the others would not answer
         self.unsettled = False
         self.looked = True
         for state in self.layers.values():
@@ -220,13 +230,25 @@ class Wiring:
 
     def _settle_scales(self) -> None:
         """Scale each measured layer's feedback so that it is as large as what backprop handed back."""
-        measured = [state for state in self.layers.values() if state.sums is not None]
-        if not measured:
+        if all(state.sums is None for state in self.layers.values()):
             return
-        sums = sum_over_ranks([state.sums or (0.0, 0.0) for state in measured])
+        if several() and not self.groups:
+            self.warn_once(
+                "ranks",
+                "there are several processes, and none of DistributedDataParallel, fully_shard or replicate around "
+                "this model: scale='auto' is measured on this rank alone. If others train the same layers, give all "
+                "of them the same scale=..., for instance rewire.scales(model) of one",
+            )
+        # Of all layers, in an order all ranks have: one may have run here and not there.
+        every = list(self.layers.values())
+        sums = sum_pairs([state.sums or (0.0, 0.0) for state in every], self.groups)
+        measured: list[LayerState] = []
         ratios: dict[str, float] = {}
-        for state, (exact, fed) in zip(measured, sums, strict=True):
+        for state, (exact, fed) in zip(every, sums, strict=True):
             state.sums = None
+            if exact == fed == 0 or state.scale is not None:
+                continue
+            measured.append(state)
             if math.isfinite(exact) and math.isfinite(fed) and exact > 0 and fed > 0:
                 ratios[state.name] = math.sqrt(exact / fed)
             elif not math.isfinite(exact) or not math.isfinite(fed):
@@ -255,6 +277,11 @@ class Wiring:
                     "starts at zero. Feedback gets the scale of an output layer as PyTorch would initialise it; give "
                     "another with scale=...",
                 )
+        if self.groups and typical is not None and all(math.isfinite(a + b) for a, b in sums):
+            # Ranks must not measure at different times: what has not run on any of them by now is not waited for.
+            for state in every:
+                if not state.ran and isinstance(state.rule, DirectRule) and state.needs_scale(state.rule):
+                    state.set_scale(typical, "did not run in the measuring pass; mean scale of the other layers")
 
     def _initial_scale(self, state: LayerState) -> float:
         """Standard deviation of the weight of the output layer above ``state``, by PyTorch's initialisation."""
@@ -453,6 +480,22 @@ class LayerState:
         if key not in self._made:
             self._made[key] = self.direct_feedback(*key)
         return self._made[key]
+
+    def check_ranks(self, module: nn.Module) -> None:
+        """In first passes: whether its rule can be followed on this rank."""
+        if is_split(module):
+            raise PassError(
+                f"layer {self.label}: its weight is split over ranks (a DTensor, as tensor parallelism makes it), and "
+                f"rule {self.rule!r} knows no feedback that is split with it. Keep the layer on backprop, "
+                f"layers={{{self.name!r}: 'bp'}}, or shard it with fully_shard instead"
+            )
+        stage = stage_of_pipeline() if isinstance(self.rule, DirectRule) and not self.rule.silent else None
+        if stage is not None and stage[0] < stage[1] - 1:
+            raise PassError(
+                f"layer {self.label} is in stage {stage[0]} of a pipeline of {stage[1]}, and rule {self.rule!r} needs "
+                "the output error, which only the last stage has. Use a local rule in this stage, "
+                f"layers={{{self.name!r}: 'fa'}}, or backprop, or train without a pipeline"
+            )
 
     def wake(self) -> None:
         """A layer that took no part takes part again: it may turn out to be anything."""
