@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import rewire
 from rewire.passes import call_at
 
-from .plain import SCALE, cross_entropy, error, mlp, randn, same
+from .plain import SCALE, chain_gradients, cross_entropy, error, mlp, randn, same, states, weights
 
 X = randn(6, 5, seed=1)
 LABELS = torch.arange(6) % 4
@@ -328,6 +328,14 @@ def test_what_is_no_wrapper_is_left_as_it_is():
     assert names == {"0.inner", "1.inner", "1.down", "1.up", "2"}
 
 
+def test_a_wrapper_that_shows_nothing_is_one_layer_if_it_is_named_a_block():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), Shy(nn.Linear(6, 5)), nn.Linear(5, 4)).double()
+    rewire.convert(model, "dfa", blocks=[Shy])
+    train(model)
+    report = rewire.verify(model, X, LOSS)
+    assert report.ok and [layer.name for layer in report.layers] == ["0", "2", "3"]
+
+
 # -- frozen layers --------------------------------------------------------------------------------------------------
 
 
@@ -385,6 +393,24 @@ def test_a_frozen_backbone_that_is_thawed(rule, later):
     train(model)
     assert model[0].weight.grad is None
     same(model[2].weight.grad, reference[2].weight.grad)
+
+
+def test_what_is_thawed_measures_its_scale_then():
+    model = train(half_frozen("dfa"))
+    assert rewire.scales(model).keys() == {"6"}
+    before = rewire.scales(model)["6"]
+    model.requires_grad_()
+    model.zero_grad()
+    LOSS(model(X)).backward()  # measures: layers 2 and 4 hand back backprop's gradient, 6 its feedback
+    layers = weights(model)
+    e = error(LOSS, states(layers, X)[-1])
+    hand_back = lambda name, delta: e @ rewire.feedback(model)["6"] if name == "6" else delta @ dict(W)[name]  # noqa: E731
+    W = [(name, w) for name, w, _ in layers]
+    for name, g in chain_gradients(layers, X, e, hand_back).items():
+        if name != "x":
+            same(model.get_parameter(name).grad, g, name)
+    assert rewire.scales(model).keys() == {"2", "4", "6"} and rewire.scales(model)["6"] == before
+    assert rewire.verify(model, X, LOSS).ok
 
 
 def calls_made(function):

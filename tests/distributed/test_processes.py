@@ -194,7 +194,7 @@ def test_a_sharded_checkpoint_of_two_is_resumed_by_one(ranks, folder):
     agree(found, state_of(single("dfa", STEPS + 2)))
 
 
-@pytest.mark.parametrize("rule", LOCAL)
+@pytest.mark.parametrize("rule", ["bp", *LOCAL])
 def test_pipeline_stages_under_local_rules(ranks, rule):
     model = rewire.convert(build(), rule)
     for _ in range(2):

@@ -244,7 +244,7 @@ def stages(model, group=None, numbers=(0, 1)):
     ]
 
 
-@case("pipeline", *cases.LOCAL)
+@case("pipeline", "bp", *cases.LOCAL)
 def pipeline(rank, rule):
     from torch.distributed.pipelining import ScheduleGPipe
 
