@@ -1,5 +1,6 @@
 # Everything runs in a virtual environment of its own, made on first use.
-# Two stamps: `make demo` needs little; tests also want the model zoos.
+# Two stamps: `make demo` needs little; tests also want the model zoos and trainers (without what they would depend on,
+# which is torch and what is there already).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,6 +40,8 @@ $(DEV): $(BASE)
 	$(PIP) install --no-deps "$(TORCHVISION)" timm
 	$(PIP) install transformers pillow
 	$(PIP) install -e ".[export]"
+	$(PIP) install --no-deps accelerate peft lightning pytorch-lightning torchmetrics
+	$(PIP) install psutil lightning-utilities fsspec
 	@touch $@
 
 demo: $(BASE)

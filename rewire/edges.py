@@ -15,6 +15,7 @@ own and no gradient flows from its output to its input. What x gets instead come
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -276,8 +277,17 @@ def check(call: Call, nested: bool, gradients: Sequence[Tensor | None]) -> None:
             f"layer {label} got a gradient, but no output error can reach it: its output went to the loss without "
             f"passing output layer {wiring.outputs_label()}. Call the whole model; or name every layer the loss "
             f"sees, output=[...]; or keep this part on backprop, layers={{{name!r}: 'bp'}}; or run it under "
-            "rewire.use_rule(model, 'bp') or torch.no_grad()"
+            f"rewire.use_rule(model, 'bp') or torch.no_grad(){_STAGES if _pipelining() else ''}"
         )
+
+
+_STAGES = (
+    ". Of a pipeline only the last stage has the output error: use a local rule, layers={...: 'fa'}, in the others"
+)
+
+
+def _pipelining() -> bool:
+    return "torch.distributed.pipelining" in sys.modules
 
 
 def reentrant_message(label: str) -> str:

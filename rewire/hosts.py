@@ -61,7 +61,7 @@ class Host:
     def unseen(self, module: nn.Module) -> None:
         """After a first forward: should a weight that nobody was seen using get a gradient, say so."""
         for name, state in self.below:
-            weight = module.get_submodule(name)._parameters.get(state.kind.parameter)
+            weight = state.kind.own(module.get_submodule(name))
             if weight is not None and weight.requires_grad and not (state.ran or state.functional):
                 hook: Any = weight.register_hook
                 self.handles.append(hook(partial(_unseen, state)))
@@ -209,7 +209,7 @@ class Watch(TorchFunctionMode):
         added: list[Owned] = []
         for name, state in layers:
             layer = module.get_submodule(name)
-            weight = layer._parameters.get(state.kind.parameter)
+            weight = state.kind.own(layer)
             if weight is None:
                 continue
             if id(weight) not in self.owned:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rewire.distributed import sum_tensors_over_ranks
+from rewire.distributed import Groups, sum_tensors_over_ranks
 from rewire.errors import PassError
 from rewire.feedback import standard_normal
 from rewire.rules.base import DirectRule, LearnedDirect, Rows, Rule
@@ -225,7 +225,7 @@ def step(wiring: Wiring) -> bool:
     """
     wiring.passes += 1
     learners = [state for state in wiring.layers.values() if isinstance(state.rule, LearnedDirect)]
-    _sum_over_ranks(learners)
+    _sum_over_ranks(learners, wiring.groups)
     samples = [sums["samples"] for state in learners if state.exact for sums in state.gathered.values()]
     wiring.probed = wiring.probed + max(int(number) for number in samples) if samples else 0
     for state in learners:
@@ -243,10 +243,10 @@ def step(wiring: Wiring) -> bool:
     return changed
 
 
-def _sum_over_ranks(learners: list[LayerState]) -> None:
+def _sum_over_ranks(learners: list[LayerState], groups: Groups) -> None:
     places = [(state, index) for state in learners for index in sorted(state.gathered)]
     tensors = [value for state, index in places for _, value in sorted(state.gathered[index].items())]
-    summed = iter(sum_tensors_over_ranks(tensors))
+    summed = iter(sum_tensors_over_ranks(tensors, groups))
     for state, index in places:
         state.gathered[index] = {name: next(summed) for name in sorted(state.gathered[index])}
 

@@ -118,8 +118,14 @@ def _run(
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
+    if not _takes_part(module, args, kwargs):
+        return _idle(state, forward(module, *args, **kwargs))
+    if state.idle:
+        state.wake()
     if state.role is Role.UNKNOWN:
         state.wiring.note_weight(state, module)
+        if state.active:
+            state.check_ranks(module)
     rule = state.rule
     if not state.linked and backward_id() == -1:
         state.link(module)
@@ -142,6 +148,36 @@ def _run(
     x = args[0] if args else None
     pick = _pick(state, x) if (state.picks or state.role is Role.UNKNOWN) and isinstance(x, Tensor) else None
     return finish(state, output, _sources(args, kwargs), [], [], 0, pick)
+
+
+def _takes_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether anything about the call may need a gradient. It does not where the layer and all below are frozen."""
+    if kwargs or len(args) != 1:
+        args = (*args, *kwargs.values())
+    for x in args:
+        # What is no tensor may hold some; only blocks are given such.
+        if not isinstance(x, Tensor):
+            if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(x)[0]):
+                return True
+        elif x.requires_grad:
+            return True
+    own = module.parameters() if module._modules else module._parameters.values()
+    for p in own:  # noqa: SIM110  (this runs in every call of every frozen layer)
+        if p is not None and p.requires_grad:
+            return True
+    return False
+
+
+def _idle(state: LayerState, output: Any) -> Any:
+    """What a layer returns that takes no part: its output, and no trace on any graph."""
+    state.idle = True
+    if isinstance(output, Tensor) and not output.requires_grad:
+        return output
+    # A weight given from outside, or a forward that asks for a gradient itself.
+    if any(isinstance(y, Tensor) and y.requires_grad for y in tree_flatten(output)[0]):
+        state.wake()
+        return finish(state, output, [], [], [], 0)
+    return output
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
@@ -244,6 +280,8 @@ def _direct(
 ) -> Any:
     """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
     errors: list[OutputError] = []
+    if not state.settled:
+        state.wiring.note_ranks(module)
     if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):  # nearly every layer
         if not x.requires_grad:
             return finish(state, forward(module, x), [], [], errors, 0)

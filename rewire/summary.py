@@ -11,6 +11,7 @@ from torch import nn
 
 from rewire.arguments import check_model
 from rewire.layers.registry import kind_of, why_not
+from rewire.layers.stand_in import StandIn
 from rewire.preview import Shapes, preview
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.structures import Dense, Structure
@@ -109,14 +110,22 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
     rows: list[Row] = []
     whole: list[str] = []  # blocks and modules that use their children's weights themselves
     whole_note: dict[str, str] = {}
+    stood_for: dict[str, str] = {}  # layers that a wrapper stands for
     for name, module in model.named_modules():
         states = states_of(module)
         for state in states:
             rows.append(_converted(module, ".".join(filter(None, (name, state.kind.part))), state, expected))
-            if not state.kind.local:
+            if state.kind.whole:
                 whole.append(name)
-                whole_note[name] = f"inside block {name!r}: exact backprop"
+                what = "block " if not state.kind.local else ""
+                whole_note[name] = f"inside {what}{name!r}: exact backprop"
+                if isinstance(state.kind, StandIn):
+                    wrapped = f"{name}.{state.kind.path}" if name else state.kind.path
+                    stood_for[wrapped] = f"inside {name!r}, which stands for it and has its rule"
         if states or next(module.parameters(recurse=False), None) is None:
+            continue
+        if name in stood_for:
+            rows.append(Row(name, type(module).__name__, "bp", "-", None, 0, None, stood_for[name], converted=False))
             continue
         owner = next((w for w in whole if w != name and name.startswith(f"{w}." if w else "")), None)
         if owner is not None:
@@ -157,7 +166,9 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
     rule = state.rule
     shape: tuple[int, ...] | None = None
     size, scale, notes = 0, None, []
-    if isinstance(rule, LocalRule):
+    if state.idle:
+        notes.append("neither it nor anything below it trains: costs nothing")
+    elif isinstance(rule, LocalRule):
         weight = state.kind.look(module)
         shape = tuple(weight.shape)
         size = weight.numel() * weight.element_size() if rule.random and not rule.redraw else 0
@@ -190,11 +201,13 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
         notes.append("exact gradient")
     else:
         notes.append("kept on backprop")
+    if isinstance(state.kind, StandIn):
+        notes.append(f"one layer with what is beside its {state.kind.path!r}")
     if state.lost:
         notes.append(f"NOT under its rule: {state.lost}")
     elif state.active and not state.ran and any(other.ran for other in state.wiring.layers.values()):
         notes.append("its forward has not run")
-    if not any(p.requires_grad for p in module.parameters(recurse=False)):
+    if not any(p.requires_grad for p in module.parameters()):
         notes.append("frozen")
     return Row(name, kind, repr(rule), state.role.value, shape, size, scale, "; ".join(notes), converted=True)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from rewire.distributed import in_parallel_forward
 from rewire.edges import alias, check
 from rewire.errors import PassError
 from rewire.exchange import exchange
@@ -190,7 +191,10 @@ _join: Callable[..., Tensor] = _Join.apply
 def _call(key: int, name: str, count: int, tensors: tuple[Tensor, ...]) -> Call:
     state = conversions[key].layers[name]
     inputs, tickets = tensors[:count], list(tensors[count:])
-    errors = metadata(tickets[0].grad_fn)[_ERRORS] if tickets and tickets[0].grad_fn is not None else []
+    opened = None if not tickets or tickets[0].grad_fn is None else metadata(tickets[0].grad_fn)
+    if opened is not None and _ERRORS not in opened:
+        raise PassError(f"layer {state.label}: its compiled graph was cut in two{_buckets()}")
+    errors = [] if opened is None else opened[_ERRORS]
     return Call(state, [x.grad_fn for x in inputs if x.grad_fn is not None], tickets, errors, len(tickets))
 
 
@@ -200,7 +204,18 @@ def _check(call: Call, gradients: Any) -> None:
     except PassError as problem:
         raise PassError(
             f"{problem}. Under torch.compile a graph break between the two has the same effect: fullgraph=True finds it"
+            f"{_buckets()}"
         ) from None
+
+
+def _buckets() -> str:
+    """One more thing that cuts graphs, for messages."""
+    return (
+        ". DistributedDataParallel cuts a compiled graph into one for each bucket: "
+        "torch._dynamo.config.optimize_ddp = False turns that off"
+        if in_parallel_forward()
+        else ""
+    )
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import uuid
 import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from enum import Enum
@@ -17,12 +18,11 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rewire import learning
-from rewire.distributed import sum_over_ranks
+from rewire.distributed import Groups, groups_of, in_parallel_forward, is_split, several, stage_of_pipeline, sum_pairs
 from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import quick_normal, standard_normal, streams
 from rewire.guard import Guard
@@ -79,7 +79,10 @@ class Wiring:
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
         key: a number of its own in this process: its name in compiled graphs.
+        origin: the same in all copies.
         common: what structures of feedback keep once for all layers.
+        groups: process groups of the ranks that train these layers together, as measuring passes showed.
+        wrapped: they were those of a wrapper whose forward has to be running for ranks to meet.
     """
 
     def __init__(
@@ -113,11 +116,14 @@ class Wiring:
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
+        self.groups: Groups = ()
+        self.wrapped = False
         self._warned: set[str] = set()
+        self.origin = uuid.uuid4().hex
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}}
+        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -153,9 +159,26 @@ class Wiring:
         """Take for said what a copy has said."""
         self._warned |= other._warned
 
+    def met(self, state: LayerState) -> None:
+        """A layer of another conversion feeds one of this. Right for two models, but not for parts of one.
+
+        A layer that was copied out of a converted model has a conversion of its own, as any copy has. Put back beside
+        the others, it takes no part in their passes.
+        """
+        if state.wiring.origin != self.origin or not isinstance(state.rule, DirectRule):
+            return
+        here, there = ({s.name for s in wiring.layers.values() if s.ran} for wiring in (self, state.wiring))
+        if not here & there:  # whole copies, one feeding the other, have all layers each
+            self.warn_once(
+                "copied part",
+                f"layer {state.label} feeds a copy of layer {min(here)!r} that was made after conversion (by an "
+                "adapter library, say), and copies are models of their own: no output error passes between the two. "
+                "Convert the whole model again, rewire.convert(model, ...)",
+            )
+
     def note_weight(self, state: LayerState, module: nn.Module) -> None:
         """In a first pass: whose weight is whose."""
-        weight = module._parameters.get(state.kind.parameter) if state.kind.local else None
+        weight = state.kind.own(module) if state.kind.local else None
         if weight is not None:
             self._weights[weight] = state
 
@@ -205,9 +228,14 @@ class Wiring:
 
     def settle_if_alone(self) -> None:
         """Settle for somebody who asks between passes. With several ranks the next forward does it, on all of them."""
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if self.unsettled and alone and backward_id() == -1:
+        if self.unsettled and not several() and backward_id() == -1:
             self.settle()
+
+    def note_ranks(self, module: nn.Module) -> None:
+        """In the forward of a first pass: who trains these layers together."""
+        if several() and not self.groups:
+            self.groups = groups_of(module)
+            self.wrapped = in_parallel_forward()
 
     def settle(self) -> None:
         """Take in what the last pass showed: roles and scales. Called by the next forward, never in backward.
@@ -215,6 +243,8 @@ class Wiring:
         A backward may run forwards of its own (activation checkpointing), which must find everything as
         the first forward did; so nothing changes before the pass is over.
         """
+        if self.groups and self.wrapped and not in_parallel_forward():
+            return  # a call on this rank alone, perhaps; the others would not answer
         self.unsettled = False
         changed = False
         if self.passed and not self.news:
@@ -232,7 +262,7 @@ class Wiring:
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
-        self.certain = all(state.role is not Role.UNKNOWN for state in self.layers.values())
+        self.certain = all(state.role is not Role.UNKNOWN or state.idle for state in self.layers.values())
         self._forget_hidden_outputs()
         self._settle_scales()
         self._say_bypassed()
@@ -254,13 +284,25 @@ class Wiring:
 
     def _settle_scales(self) -> None:
         """Scale each measured layer's feedback so that it is as large as what backprop handed back."""
-        measured = [state for state in self.layers.values() if state.sums is not None]
-        if not measured:
+        if all(state.sums is None for state in self.layers.values()):
             return
-        sums = sum_over_ranks([state.sums or (0.0, 0.0) for state in measured])
+        if several() and not self.groups:
+            self.warn_once(
+                "ranks",
+                "there are several processes, and none of DistributedDataParallel, fully_shard or replicate around "
+                "this model: scale='auto' is measured on this rank alone. If others train the same layers, give all "
+                "of them the same scale=..., for instance rewire.scales(model) of one",
+            )
+        # Of all layers, in an order all ranks have: one may have run here and not there.
+        every = list(self.layers.values())
+        sums = sum_pairs([state.sums or (0.0, 0.0) for state in every], self.groups)
+        measured: list[LayerState] = []
         ratios: dict[str, float] = {}
-        for state, (exact, fed) in zip(measured, sums, strict=True):
+        for state, (exact, fed) in zip(every, sums, strict=True):
             state.sums = None
+            if exact == fed == 0 or state.scale is not None:
+                continue
+            measured.append(state)
             if math.isfinite(exact) and math.isfinite(fed) and exact > 0 and fed > 0:
                 ratios[state.name] = math.sqrt(exact / fed)
             elif not math.isfinite(exact) or not math.isfinite(fed):
@@ -289,6 +331,11 @@ class Wiring:
                     "starts at zero. Feedback gets the scale of an output layer as PyTorch would initialise it; give "
                     "another with scale=...",
                 )
+        if self.groups and typical is not None and all(math.isfinite(a + b) for a, b in sums):
+            # Ranks must not measure at different times: what has not run on any of them by now is not waited for.
+            for state in every:
+                if not state.ran and isinstance(state.rule, DirectRule) and state.needs_scale(state.rule):
+                    state.set_scale(typical, "did not run in the measuring pass; mean scale of the other layers")
 
     def _initial_scale(self, state: LayerState) -> float:
         """Standard deviation of the weight of the output layer above ``state``, by PyTorch's initialisation."""
@@ -319,6 +366,7 @@ class LayerState:
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
         picks: its input was seen to be rows picked from the batch by index.
+        idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.
         observer: called before and after each such use, as forward hooks are around a forward.
@@ -357,6 +405,7 @@ class LayerState:
         self.functional = False
         self.watched = False
         self.busy: set[int] = set()
+        self.idle = False
         self.lost = ""
         self.picks = False
         self.observer: tuple[Any, Any] | None = None
@@ -469,6 +518,8 @@ class LayerState:
         rule = self.rule
         if not self.wiring.looked or self.watched or rule.learns or self.wiring.guard is not None:
             return False
+        if self.idle:
+            return True
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
         if isinstance(rule, DirectRule):
@@ -481,7 +532,7 @@ class LayerState:
         self.refresh()
         wiring, rule = self.wiring, self.rule
         wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
-        ran = [state for state in wiring.layers.values() if state.ran]
+        ran = [state for state in wiring.layers.values() if state.ran and not state.idle]
         direct = [state for state in ran if isinstance(state.rule, DirectRule)]
         # The layers of a pass find each other on one graph: all of them are part of it, or none.
         together = all(state.traceable and state._plain() for state in direct) and not any(s.picks for s in ran)
@@ -507,6 +558,27 @@ class LayerState:
         if key not in self._made:
             self._made[key] = self.direct_feedback(*key)
         return self._made[key]
+
+    def check_ranks(self, module: nn.Module) -> None:
+        """In first passes: whether its rule can be followed on this rank."""
+        if is_split(module):
+            raise PassError(
+                f"layer {self.label}: its weight is split over ranks (a DTensor, as tensor parallelism makes it), and "
+                f"rule {self.rule!r} knows no feedback that is split with it. Keep the layer on backprop, "
+                f"layers={{{self.name!r}: 'bp'}}, or shard it with fully_shard instead"
+            )
+        stage = stage_of_pipeline() if isinstance(self.rule, DirectRule) and not self.rule.silent else None
+        if stage is not None and stage[0] < stage[1] - 1:
+            raise PassError(
+                f"layer {self.label} is in stage {stage[0]} of a pipeline of {stage[1]}, and rule {self.rule!r} needs "
+                "the output error, which only the last stage has. Use a local rule in this stage, "
+                f"layers={{{self.name!r}: 'fa'}}, or backprop, or train without a pipeline"
+            )
+
+    def wake(self) -> None:
+        """A layer that took no part takes part again: it may turn out to be anything."""
+        self.idle = False
+        self.wiring.certain = False
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""

@@ -202,7 +202,8 @@ class Local:
     def _forward(self, ours: Seen, call: Seen, layer: Layer) -> None:
         module = layer.module
         parent: Any = getattr(type(module), "_rewired_from", type(module))
-        others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
+        own = layer.state.kind.own(module)
+        others = [p for p in module.parameters() if p is not own]
         buffers = [(b, b.detach().clone()) for b in module.buffers()]
         random = Randomness()
         split = _Split(ours, ours.state.kind.look(module).shape, others)

@@ -54,6 +54,7 @@ DEAD = "dead"
 NOT_RUN = "not run"
 ON_BACKPROP = "on backprop"
 FIRST = "first layer"
+FROZEN = "frozen"
 UNROUTED = "unrouted"
 WRONG = "wrong"
 
@@ -66,7 +67,8 @@ class LayerReport:
         name: qualified name.
         type: class, before conversion.
         rule: name of its rule.
-        status: ``live``; ``first layer`` (nothing to hand back to); ``on backprop``; ``not run`` (its forward
+        status: ``live``; ``first layer`` (nothing to hand back to); ``frozen`` (as is all below it: no gradient is
+            needed there); ``on backprop``; ``not run`` (its forward
             did not run and its parameters got no gradient); ``dead`` (its parameters were used, its forward did
             not run: the rule has no effect); ``unrouted`` (the output error has no way to it); ``wrong``.
         formula: cosine between what was handed back and the rule's formula; None where there is none.
@@ -130,6 +132,7 @@ class Verification:
 _COLOURS = {
     LIVE: "green",
     FIRST: "green",
+    FROZEN: "green",
     ON_BACKPROP: "yellow",
     NOT_RUN: "yellow",
     DEAD: "red",
@@ -272,7 +275,7 @@ class _Verify:
             others = theirs.calls[name]
             if len(calls) != len(others):
                 self.wrong.setdefault(name, "runs another number of times under 'bp'")
-            elif not all(_same(a.deltas, b.deltas) for a, b in zip(calls, others, strict=True)):
+            elif not all(_same(a.deltas, b.deltas) for a, b in zip(calls, others, strict=True) if a.takes_part):
                 self.wrong.setdefault(name, "the gradient at its output is not what plain autograd brings there")
         del model, layers, theirs.model
 
@@ -350,7 +353,7 @@ class _Verify:
         return LayerReport(name, cls.__name__, repr(layer.state.rule), status, note=why, **more)
 
     def _reports(self) -> Iterator[LayerReport]:
-        inside = tuple(f"{name}." for name, state in self.states.items() if not state.kind.local)
+        inside = tuple(f"{name}." for name, state in self.states.items() if state.kind.whole)
         by_module: dict[str, list[str]] = {}
         for name, layer in self.layers.items():
             by_module.setdefault(name.removesuffix(layer.state.kind.part).removesuffix("."), []).append(name)
@@ -378,6 +381,9 @@ class _Verify:
         if not calls and used:
             unknown = "its weight is used by another module in a way that is not known; its forward never ran"
             return say((DEAD if state.active else ON_BACKPROP, unknown))
+        if calls and state.idle and not any(call.takes_part for call in calls):
+            # The reference gives frozen weights gradients, to see what uses them.
+            return say((WRONG, wrong) if wrong else (FROZEN, "neither it nor anything below it trains"))
         if any(call.delta is None and self.reached.get(call) for call in calls):
             return say((UNROUTED, "backprop brings its output a gradient, and under the rules none came"))
         if not ran and not used:

@@ -171,6 +171,11 @@ class Seen:
         return next((delta for delta in self.deltas if delta is not None), None)
 
     @property
+    def takes_part(self) -> bool:
+        """Whether anything about it needed a gradient. The reference gives frozen weights one, to see their uses."""
+        return bool(self.places or self.outputs)
+
+    @property
     def sources(self) -> list[Node]:
         """Graph nodes of its inputs."""
         return [place.node for place in self.places if place.node is not None]

@@ -19,6 +19,7 @@ class Kind:
         exchanges: whether its forward is one operation whose weight can be exchanged (:mod:`rewire.exchange`).
         transposed: whether W is (in, out).
         part: name of the layer within its module, where a module holds several.
+        whole: whether the layers inside the module are parts of it, with exact backprop among themselves.
     """
 
     title = "layer"
@@ -27,6 +28,7 @@ class Kind:
     exchanges = False
     transposed = False
     part = ""
+    whole = False
 
     def axis(self, dims: int) -> int:
         """Dimension of an input or output with ``dims`` dimensions that holds the features.
@@ -39,6 +41,10 @@ class Kind:
         """W as the layer uses it: a plain Parameter or what a parametrization makes of it."""
         weight: Tensor = getattr(module, self.parameter)
         return weight
+
+    def own(self, module: nn.Module) -> nn.Parameter | None:
+        """The parameter that W is, or None where W is made of others."""
+        return module._parameters.get(self.parameter)
 
     def look(self, module: nn.Module) -> Tensor:
         """W for looking at only: detached, and made without what parametrizations do in training.
