@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.bypass import direct_uses
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
@@ -115,6 +115,7 @@ def _run(
     state.ran = True
     if state.role is Role.UNKNOWN:
         state.wiring.note_weight(state, module)
+        state.fed = state.fed or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
     rule = state.rule
     if isinstance(rule, DirectRule):
         if _transforming():
@@ -308,7 +309,7 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
         return None
     if pick is not None and not state.picks:
         state.picks = True
-        state.refresh()
+        state.changed()
     return pick
 
 

@@ -180,3 +180,28 @@ def test_a_layer_that_never_runs_at_all_is_warned_about_once():
     result = rewire.verify(model, X, lambda out: F.cross_entropy(out, Y))
     assert not result.ok
     assert {layer.name: layer.status for layer in result.layers}["never"] == "dead"
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_all_of_a_weight_turned_has_no_number(rule):
+    """``x @ w.t()`` uses all of the weight, square or not: its feedback is the layer's own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.wide, self.head = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 4)
+
+        def forward(self, x):
+            self.h = torch.tanh(self.a(x))
+            self.h.retain_grad()
+            return self.head(torch.tanh(self.h @ self.wide.weight.t()))
+
+    torch.manual_seed(0)
+    model = rewire.convert(Net().double(), rule, scale=0.3)
+    for _ in range(2):
+        one_pass(model)
+    B = rewire.feedback(model)
+    assert B.keys() - {"a"} == {"wide", "head"}
+    e, t = rewire.output_error(model), torch.tanh(model.h.detach() @ model.wide.weight.detach().t())
+    handed = e @ B["wide"] if rule == "dfa" else ((e @ B["head"]) * (1 - t**2)) @ B["wide"]
+    torch.testing.assert_close(model.h.grad, handed)
