@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from rewire.wiring import LayerState
 
 
+_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+
 def alias(y: Tensor) -> Tensor:
     """``y`` as a tensor of its own over the same memory, not a view in autograd's eyes.
 
@@ -140,7 +143,7 @@ class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
     A ticket x Bᵀ, which :func:`rewire.run.steady_direct` makes where n is small, gets the rule's signal of e as its
-    gradient, and PyTorch's own product hands e B on to x. Such tickets come last, ``mirrored`` holds their rules.
+    gradient, and PyTorch's own product hands e B on to x. Such tickets come last, ``mirrored`` holds their calls.
 
     Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
     layer under a direct rule).
@@ -153,11 +156,12 @@ class Join(Function):
         state: LayerState,
         error: OutputError | None,
         nested: bool,
-        mirrored: list[DirectRule],
+        mirrored: list[Call],
         *tickets: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.error, ctx.nested, ctx.mirrored = state, error, nested, mirrored
+        ctx.rules = [call.mirrored[1] for call in mirrored if call.mirrored is not None]
         ctx.tickets = len(tickets) - len(mirrored)
         # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
         # place is allowed or refused exactly as for y itself.
@@ -171,7 +175,11 @@ class Join(Function):
             if ctx.nested:
                 raise PassError(reentrant_message(ctx.state.label))
             if ctx.state.wiring.error_reached(ctx.state, error, gradient):
-                mirrored = [error.signal(rule) for rule in ctx.mirrored]
+                mirrored = [error.signal(rule) for rule in ctx.rules]
+                if ctx.mirrored and not _graph_is_kept():
+                    for call in ctx.mirrored:  # x need not outlive its own layer's backward
+                        call.mirrored = None
+                        call.tickets = []
                 error.let_go()
         return (gradient, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
 

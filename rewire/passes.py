@@ -145,7 +145,7 @@ class Call:
         pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
-        mirrored: (x, rule), if the ticket is x Bᵀ.
+        mirrored: (x, rule), if the ticket is x Bᵀ. Let go in the backward that frees the graph.
     """
 
     __slots__ = (

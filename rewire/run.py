@@ -152,7 +152,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours.
         ticket = linear(x, B)
         call = Call(state, [] if node is None else [node], [ticket], errors)
-        call.mirrored = (x, state.rule)  # type: ignore[assignment]
+        call.mirrored = x, state.rule  # type: ignore[assignment]
     else:
         ticket = port(x, (state, state.rule, errors, 0, None, None))
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
@@ -361,7 +361,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
     mirrored: list[Tensor] = []
-    rules: list[DirectRule] = []
+    fed: list[Call] = []
     for feeder in [call, *feeders]:
         feeder.errors.append(error)
         if feeder.mirrored is not None:
@@ -369,10 +369,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
             fits = ticket.shape == y.shape and ticket.dtype is y.dtype and call.pick is None
             if state.role is Role.OUTPUT and fits:
                 mirrored.append(ticket)
-                rules.append(rule)
-                if wiring.certain:  # no other output can come: x need not outlive its layer's backward
-                    feeder.mirrored = None
-                    feeder.tickets = []
+                fed.append(feeder)
             else:  # not the output the ticket was made for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [error], 0, None, None)))
                 error.ports += 1
@@ -386,7 +383,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    joined = join(y, state, error, nested, rules, *tickets, *mirrored)
+    joined = join(y, state, error, nested, fed, *tickets, *mirrored)
     if stream is not None:
         stream.joined(error, joined)
     return joined
