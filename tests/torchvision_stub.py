@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 operations = torch.library.Library("torchvision", "FRAGMENT")
 for name in ("nms", "qnms"):
@@ -18,16 +19,15 @@ for name in ("nms", "qnms"):
 
 
 def detectors() -> None:
-    """Let detectors run without compiled operations: suppression of boxes in plain torch, pooling of regions eagerly."""
-    extension = importlib.import_module("torchvision.extension")
-    if extension._has_ops():
+    """Put plain torch in the place of the compiled operations that detectors need, if those are missing."""
+    if importlib.import_module("torchvision.extension")._has_ops():
         return
     boxes: Any = importlib.import_module("torchvision.ops.boxes")
     boxes._assert_has_ops = lambda: None
     operations.impl("nms", suppressed, "CPU")
-    # torchvision has one in Python for this case, which it compiles at the first call.
+    # torchvision's own in Python is meant to be compiled, and slow otherwise.
     pooling: Any = importlib.import_module("torchvision.ops.roi_align")
-    pooling._roi_align = pooling._roi_align.__wrapped__
+    pooling._roi_align = pooled
 
 
 def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
@@ -42,3 +42,34 @@ def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
         if kept[i]:
             kept &= ~over[i]
     return order[kept]
+
+
+def pooled(images: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool) -> Tensor:
+    """``torchvision.ops.roi_align`` with a fixed number of samples in a cell.
+
+    Args:
+        images: (N, C, H, W).
+        rois: (K, 5): number of the image, x1, y1, x2, y2.
+
+    Returns:
+        (K, C, height, width)
+    """
+    assert ratio > 0
+    low, high = (rois[:, 1:] * scale - (0.5 if aligned else 0.0)).chunk(2, 1)
+    sides = high - low if aligned else (high - low).clamp(min=1)
+
+    def samples(low: Tensor, side: Tensor, cells: int, size: int) -> tuple[Tensor, Tensor]:
+        at = low[:, None] + side[:, None] * (torch.arange(cells * ratio).to(low) + 0.5) / (cells * ratio)
+        return at.clamp(0, size - 1) / max(size - 1, 1) * 2 - 1, (at >= -1) & (at <= size)
+
+    x, x_inside = samples(low[:, 0], sides[:, 0], width, images.shape[3])
+    y, y_inside = samples(low[:, 1], sides[:, 1], height, images.shape[2])
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+    inside = y_inside[:, None, :, None] & x_inside[:, None, None, :]
+    out = images.new_zeros(len(rois), images.shape[1], height, width)
+    for i, image in enumerate(images):
+        rows = torch.where(rois[:, 0] == i)[0]
+        found = F.grid_sample(image[None], grid[rows].flatten(0, 1)[None], align_corners=True)
+        found = found[0].unflatten(1, (len(rows), -1)).transpose(0, 1) * inside[rows]
+        out = out.index_copy(0, rows, F.avg_pool2d(found, ratio))
+    return out
