@@ -85,11 +85,26 @@ _tickets: dict[torch.device, Tensor] = {}
 Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None, Pick | None]
 
 
-def _feed(feed: Feed, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def laid_out(x: Tensor) -> torch.memory_format:
+    """How x lies in memory: what comes back to it had better lie the same way."""
+    dims = x.dim()
+    if 4 <= dims <= 5 and not x.is_contiguous():
+        last = torch.channels_last if dims == 4 else torch.channels_last_3d
+        if x.is_contiguous(memory_format=last):
+            return last
+    return torch.contiguous_format
+
+
+def _feed(
+    feed: Feed, layout: torch.memory_format, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     """The feedback of all errors that arrived in this backward pass."""
     state, rule, errors, index, wall, pick = feed
     fed = state.hand_back(rule, errors, index, shape, dtype, device, pick)
-    if wall is not None and fed is not None:
+    if fed is None:
+        return None
+    fed = fed.contiguous(memory_format=layout)
+    if wall is not None:
         wall.add(fed)
     return fed
 
@@ -103,16 +118,14 @@ class Port(Function):
         ctx.feed = feed
         device = x.device
         ctx.like = (x.shape, x.dtype, device)
+        ctx.layout = laid_out(x)
         if device not in _tickets:
             _tickets[device] = torch.zeros((), device=device)
         return _tickets[device].detach()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        state, rule, errors, index, wall, pick = ctx.feed
-        if wall is not None or pick is not None:
-            return _feed(ctx.feed, *ctx.like), None
-        return state.hand_back(rule, errors, index, *ctx.like), None
+        return _feed(ctx.feed, ctx.layout, *ctx.like), None
 
 
 class Probe(Function):
@@ -127,13 +140,14 @@ class Probe(Function):
         ctx.set_materialize_grads(False)
         ctx.feed = feed
         ctx.like = (x.shape, x.dtype, x.device)
+        ctx.layout = laid_out(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, exact: Tensor | None) -> tuple[Tensor | None, None]:
         state, rule, errors, index, _, pick = ctx.feed
         if not state.needs_scale(rule):
-            return _feed(ctx.feed, *ctx.like), None
+            return _feed(ctx.feed, ctx.layout, *ctx.like), None
         if exact is not None:
             state.measure(rule, errors, index, exact, pick)
         return exact, None
@@ -222,7 +236,7 @@ class Project(Function):
             if rule not in signals and not rule.silent:
                 signals[rule] = rule.signal(e, targets, error.axis)
             signal = signals.get(rule, e)
-            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device, shared))
+            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device, shared).contiguous())
         return (e, None, None, None, *fed)
 
 

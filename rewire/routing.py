@@ -72,7 +72,7 @@ class Route:
     plain: bool = False
 
     def __call__(self, signal: Tensor, feedback: Tensor) -> Tensor:
-        """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape, B's dtype."""
+        """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape and B's dtype."""
         if signal.dtype != feedback.dtype:
             signal = signal.to(feedback.dtype)
         if self.plain:  # the hot path of small networks, where every small operation counts
@@ -123,10 +123,10 @@ class _Side:
         return t if self.batch is not None else t.unsqueeze(0)
 
     def back(self, t: Tensor) -> Tensor:
-        """The inverse of :meth:`rows`, contiguous."""
+        """The inverse of :meth:`rows`; strided as it comes, so that whoever asked can lay it out as x is."""
         if self.first:
             t = t.movedim(-1, 1)
-        return t.reshape(self.shape).contiguous()
+        return t.reshape(self.shape)
 
 
 def plan(

@@ -75,7 +75,7 @@ class _Port(Function):
                     seen=state.order,
                     hint=state.layout,
                 )
-                fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype)
+                fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype).contiguous()
             total = fed if total is None else total + fed
         return (total, None, None, None, *(None,) * (2 * len(places)))
 

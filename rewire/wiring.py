@@ -499,14 +499,20 @@ class LayerState:
         """Whether it is running now, in this thread."""
         return get_ident() in self.busy
 
-    def index_of(self, view: Tensor, weight: Tensor) -> int:
+    def index_of(self, view: Tensor, weight: Tensor, mixes: int | None) -> int:
         """Number of the input that meets ``view`` of ``weight``: 0 for all of it, else 1 + the row it begins with.
 
-        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own.
+        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own, and so
+        has the other direction of a weight that is used in both (1), as a tied decoder does.
+
+        Args:
+            mixes: the dimension of ``view`` that meets x's features; None if it is as in the layer.
         """
-        if view is weight or view.numel() == weight.numel():
-            return 0
-        return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+        if view is not weight and view.numel() != weight.numel():
+            return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+        usual = 0 if self.kind.transposed else 1
+        flat = mixes is not None and view.dim() == weight.dim() == 2
+        return 1 if flat and view.stride(mixes) != weight.stride(usual) else 0
 
     def dead(self, use: str) -> None:
         """Its weight was used in a way the rule cannot be applied to; ``use`` says who used it how."""

@@ -486,7 +486,7 @@ def test_the_table():
 
 
 def test_a_head_without_an_error_in_this_pass():
-    """As a detector's, on levels where no box lies: nothing to measure a scale by, nothing handed back, nothing wrong."""
+    """As a detector's, on levels where no box lies: nothing to measure a scale by, and nothing wrong."""
 
     class Levels(nn.Module):
         def __init__(self):

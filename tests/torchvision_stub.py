@@ -70,6 +70,6 @@ def pooled(images: Tensor, rois: Tensor, scale: float, height: int, width: int, 
     for i, image in enumerate(images):
         rows = torch.where(rois[:, 0] == i)[0]
         found = F.grid_sample(image[None], grid[rows].flatten(0, 1)[None], align_corners=True)
-        found = found[0].unflatten(1, (len(rows), -1)).transpose(0, 1) * inside[rows]
+        found = found[0].unflatten(1, (len(rows), height * ratio)).transpose(0, 1) * inside[rows]
         out = out.index_copy(0, rows, F.avg_pool2d(found, ratio))
     return out
