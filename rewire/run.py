@@ -23,9 +23,10 @@ from rewire.edges import Wall, alias, carry, check, join, port, probe, project, 
 from rewire.errors import PassError
 from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, picked, upstream
+from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.rules.base import DirectRule, LocalRule
+from rewire.stacks import stacked_below
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role, Wiring
 
@@ -133,7 +134,7 @@ def _run(
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
     x = args[0] if args else None
-    pick = _pick(state, x) if (state.picks or state.role is Role.UNKNOWN) and isinstance(x, Tensor) else None
+    pick = _pick(state, x) if (state.picks or _new(state)) and isinstance(x, Tensor) else None
     return finish(state, output, _sources(args, kwargs), [], [], 0, pick)
 
 
@@ -241,7 +242,7 @@ def _direct(
         if not x.requires_grad:
             return finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
-        pick = _pick(state, x) if state.picks or state.role is Role.UNKNOWN else None
+        pick = _pick(state, x) if state.picks or _new(state) else None
         feed = (state, rule, errors, index, _wall(state, rule, x), pick)
         sources = [] if node is None else [node]
         if state.settled:
@@ -294,6 +295,7 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
     if _stream(state) is not None:  # whose first graph keeps no index
         _refuse_picks(state)
         return None
+    _note_stacks(state, x)
     try:
         pick = pick_of(x, picked)
     except Unclear:
@@ -311,6 +313,24 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
         state.picks = True
         state.changed()
     return pick
+
+
+def _new(state: LayerState) -> bool:
+    return state.role is Role.UNKNOWN or not state.wiring.looked
+
+
+def _note_stacks(state: LayerState, x: Tensor) -> None:
+    """Should x be all parts of what lies in several batches below, the layers down there have to know."""
+    for node, count in stacked_below(x, _is_call).items():
+        call: Call = metadata(node)[CALL]
+        for lower in (call, *upstream(call.sources, state.wiring)):
+            if lower.state.stacked != count:
+                lower.state.stacked = count
+                lower.state.changed()
+
+
+def _is_call(node: Node) -> bool:
+    return CALL in metadata(node)
 
 
 def _refuse_picks(state: LayerState) -> None:

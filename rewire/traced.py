@@ -73,6 +73,7 @@ class _Port(Function):
                     layout=rule.layout,
                     e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
                     seen=state.order,
+                    stacked=state.stacked,
                     hint=state.layout,
                 )
                 fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype).contiguous()

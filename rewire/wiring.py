@@ -323,6 +323,7 @@ class LayerState:
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
         picks: its input was seen to be rows picked from the batch by index.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.
@@ -360,6 +361,7 @@ class LayerState:
         self.busy: set[int] = set()
         self.lost = ""
         self.picks = False
+        self.stacked = 1
         self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
@@ -647,7 +649,7 @@ class LayerState:
         device: torch.device,
     ) -> tuple[Route, Tensor | Feedback]:
         structure = self.structure(rule)
-        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order, structure)
+        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order, structure, self.stacked)
         found = self._routes.get(key)
         if found is None:
             found = self._routes[key] = self._route(rule, structure, error, index, shape, e_shape, dtype, device)
@@ -695,6 +697,7 @@ class LayerState:
                 layout=rule.layout,
                 e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
                 seen=self.order,
+                stacked=self.stacked,
                 hint=self.layout,
             )
 
