@@ -223,15 +223,18 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
         check_rule(state.name, state.kind, chosen)
         _check_learns(state, chosen)
     before = [state.rule for state in states]
+    wirings = dict.fromkeys(state.wiring for state in states)
     try:
         for state in states:
             state.rule = chosen
-            state.refresh()
+        for wiring in wirings:
+            wiring.refresh()
         yield model
     finally:
         for state, old in zip(states, before, strict=True):
             state.rule = old
-            state.refresh()
+        for wiring in wirings:
+            wiring.refresh()
 
 
 # -- parts -------------------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ class Watch(TorchFunctionMode):
         state = owned.state
         if not state.functional:
             state.functional = True
-            state.refresh()
+            state.changed()
         for _, host, _ in reversed(self.stack):
             if host is None or any(known is state for _, known in host.used):
                 return

@@ -145,7 +145,7 @@ class Call:
         pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
-        mirrored: (x, rule), if the ticket is x Bᵀ; x is None once it is not needed any more.
+        mirrored: (x, rule), if the ticket is x Bᵀ. Let go in the backward that frees the graph.
     """
 
     __slots__ = (
@@ -180,7 +180,7 @@ class Call:
         self.pick: Pick | None = None
         self.inputs: list[Tensor] = []
         self.index = 0
-        self.mirrored: tuple[Tensor | None, DirectRule] | None = None
+        self.mirrored: tuple[Tensor, DirectRule] | None = None
 
 
 def metadata(node: Node) -> dict[Any, Any]:

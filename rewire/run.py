@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.bypass import direct_uses
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
@@ -24,9 +24,10 @@ from rewire.errors import PassError
 from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learning import look
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, picked, upstream
+from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.rules.base import DirectRule, LocalRule
+from rewire.stacks import stacked_below
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role, Wiring
 
@@ -126,6 +127,7 @@ def _run(
         state.wiring.note_weight(state, module)
         if state.active:
             state.check_ranks(module)
+        state.fed = state.fed or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
     rule = state.rule
     if not state.linked and backward_id() == -1:
         state.link(module)
@@ -146,7 +148,7 @@ def _run(
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
     x = args[0] if args else None
-    pick = _pick(state, x) if (state.picks or state.role is Role.UNKNOWN) and isinstance(x, Tensor) else None
+    pick = _pick(state, x) if (state.picks or _new(state)) and isinstance(x, Tensor) else None
     return finish(state, output, _sources(args, kwargs), [], [], 0, pick)
 
 
@@ -195,7 +197,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours.
         ticket = linear(x, B)
         call = Call(state, [] if node is None else [node], [ticket], errors)
-        call.mirrored = (x, state.rule)  # type: ignore[assignment]
+        call.mirrored = x, state.rule  # type: ignore[assignment]
     else:
         ticket = port(x, (state, state.rule, errors, 0, None, None, None))
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
@@ -286,7 +288,7 @@ def _direct(
         if not x.requires_grad:
             return finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
-        pick = _pick(state, x) if state.picks or state.role is Role.UNKNOWN else None
+        pick = _pick(state, x) if state.picks or _new(state) else None
         feed = (state, rule, errors, index, _wall(state, rule, x), pick, look(state, rule, x))
         sources = [] if node is None else [node]
         if state.settled:
@@ -342,6 +344,7 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
     if _stream(state) is not None:  # whose first graph keeps no index
         _refuse_picks(state)
         return None
+    _note_stacks(state, x)
     try:
         pick = pick_of(x, picked)
     except Unclear:
@@ -357,8 +360,26 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
         return None
     if pick is not None and not state.picks:
         state.picks = True
-        state.refresh()
+        state.changed()
     return pick
+
+
+def _new(state: LayerState) -> bool:
+    return state.role is Role.UNKNOWN or not state.wiring.looked
+
+
+def _note_stacks(state: LayerState, x: Tensor) -> None:
+    """Should x be all parts of what lies in several batches below, the layers down there have to know."""
+    for node, count in stacked_below(x, _is_call).items():
+        call: Call = metadata(node)[CALL]
+        for lower in (call, *upstream(call.sources, state.wiring)):
+            if lower.state.stacked != count:
+                lower.state.stacked = count
+                lower.state.changed()
+
+
+def _is_call(node: Node) -> bool:
+    return CALL in metadata(node)
 
 
 def _refuse_picks(state: LayerState) -> None:
@@ -409,26 +430,15 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
     mirrored: list[Tensor] = []
-    rules: list[DirectRule] = []
+    fed: list[Call] = []
     for feeder in [call, *feeders]:
-        if not feeder.state.rejoined and any(other.state is state for other in feeder.errors):
-            feeder.state.rejoined = True
         feeder.errors.append(error)
         if feeder.mirrored is not None:
-            x, rule = feeder.mirrored
-            if x is None:
-                raise PassError(
-                    f"layer {feeder.state.label}: one call of it feeds output layer {state.label} several times, which "
-                    "no pass did before. Run the pass again"
-                )
-            ticket = feeder.tickets[0]
+            (x, rule), ticket = feeder.mirrored, feeder.tickets[0]
             fits = ticket.shape == y.shape and ticket.dtype is y.dtype and call.pick is None
             if state.role is Role.OUTPUT and fits:
                 mirrored.append(ticket)
-                rules.append(rule)
-                if wiring.certain and not feeder.state.rejoined:  # x need not outlive its layer's backward
-                    feeder.mirrored = None, rule
-                    feeder.tickets = []
+                fed.append(feeder)
             else:  # not the output the ticket was made for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [error], 0, None, None, None)))
                 error.ports += 1
@@ -442,7 +452,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    joined = join(y, state, error, nested, rules, *tickets, *mirrored)
+    joined = join(y, state, error, nested, fed, *tickets, *mirrored)
     if stream is not None:
         stream.joined(error, joined)
     return joined

@@ -69,7 +69,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
         if _compiling():
             if traced.exports(self.training):
                 return parent.forward(self, *args, **kwargs)
-            if traced.prepare(state.wiring.key, state.name) and state.in_graph:
+            if traced.prepare(state.wiring.key, state.wiring.unsettled) and state.in_graph:
                 return traced.call(state, self, parent.forward, args, kwargs)
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
@@ -150,7 +150,7 @@ _why = (
     "the first compiled one: it finds the output layers and measures scales. Not compiled at all: skip='cut', drtp, "
     "brsf, feedback that is no plain tensor, nn.MultiheadAttention, weights that other modules use, on_nonfinite"
 )
-_outside_of_compile: Callable[..., Any] = _disable(run, reason=_why)
+_outside_of_compile: Callable[..., Any] = _disable(traced.outside, reason=_why)
 _attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)
 
 

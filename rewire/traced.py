@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.distributed import in_parallel_forward
 from rewire.edges import alias, check
@@ -28,7 +29,8 @@ from rewire.layers.kinds import BackwardWeight
 from rewire.passes import Call, OutputError, leave, metadata, upstream
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule
-from rewire.wiring import LayerState, conversions
+from rewire.run import Forward, run
+from rewire.wiring import LayerState, Role, conversions
 
 _ERRORS = "rewire.errors"
 
@@ -72,9 +74,10 @@ class _Port(Function):
                     layout=rule.layout,
                     e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
                     seen=state.order,
+                    stacked=state.stacked,
                     hint=state.layout,
                 )
-                fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype)
+                fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype).contiguous()
             total = fed if total is None else total + fed
         return (total, None, None, None, *(None,) * (2 * len(places)))
 
@@ -228,12 +231,17 @@ def register() -> None:
     constant(prepare)
 
 
-def prepare(key: int, name: str) -> bool:
-    """Run when a call is compiled, not when it is run: take in what passes have shown, get ready what it is given."""
-    state = conversions[key].layers[name]
-    if state.wiring.unsettled:
-        state.wiring.settle()
-    state.prepare()
+def prepare(key: int, unsettled: bool) -> bool:
+    """Run when a call is compiled, not when it is run: take in what passes have shown, get ready what graphs are given.
+
+    Args:
+        unsettled: of the conversion; here so that what is compiled holds only while nothing new has been shown.
+    """
+    wiring = conversions[key]
+    if wiring.unsettled:
+        wiring.settle()
+    if not wiring.prepared:
+        wiring.prepare()
     return True
 
 
@@ -265,25 +273,34 @@ def exports(training: bool) -> bool:
     return True
 
 
+def outside(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    """A call that is a break of the graph."""
+    if isinstance(state.rule, DirectRule):
+        state.wiring.part()
+    return run(state, module, forward, args, kwargs)
+
+
 # -- traced by Dynamo ----------------------------------------------------------------------------------
 
 
-def call(state: LayerState, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def call(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
     """One call of one layer, as part of a compiled graph."""
     rule, key = state.rule, state.wiring.key
-    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+    leaves, spec = tree_flatten((args, kwargs))  # a block may be given lists of tensors
+    inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     tickets: list[Tensor] = []
     if isinstance(rule, DirectRule):
         if inputs:
             fixed = state.fixed_outputs, len(inputs)
             tickets = _opened(key, state.name, state.written, *fixed, *inputs, *state.fixed)
-        args = [x.detach() if isinstance(x, Tensor) else x for x in args]
-        kwargs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        args, kwargs = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
         y = forward(module, *args, **kwargs)
     else:
         y = forward(module, *args, **kwargs)
         if inputs and isinstance(rule, LocalRule):
             y = _exchanged(y, inputs[0], key, state.name, state.written, *state.fixed)
+    if state.role is Role.OUTPUT:
+        state.wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
     if state.joins_traced:
         return _joined(y, key, state.name, len(inputs), *inputs, *tickets)
     return _closed(y, key, state.name, len(inputs), *inputs, *tickets) if tickets else y

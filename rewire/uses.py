@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire import operations
@@ -62,6 +63,7 @@ class Use:
         view: what of it the operation was given.
         x: the other tensor.
         turned: x has its features in front of its last dimension, as in ``weight @ x``.
+        mixes: the dimension of the view that meets x's features; None for a convolution.
         apply: (x, weight or its view) -> result.
         direct: the operation, and its other arguments by name, if it has a fast backward with another weight.
     """
@@ -70,6 +72,7 @@ class Use:
     view: Tensor
     x: Tensor
     turned: bool
+    mixes: int | None
     apply: Callable[[Tensor, Tensor], Any]
     direct: tuple[Any, dict[str, Any]] | None
 
@@ -86,12 +89,16 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
         owned = owner(view)
         if owned is None or owned.tensor.shape != owned.weight.shape:
             continue
-        other, turned, direct = _other(func, leaves, place), False, None
+        other, turned, direct, mixes = _other(func, leaves, place), False, None, None
         if bound is not None:
+            mixes = -1 if func is linear else None
             other = next(i for i, leaf in enumerate(leaves) if leaf is bound["input"])
             direct = (func, {n: v for n, v in bound.items() if n not in ("input", "weight")})
         elif other >= 0 and func is not torch.einsum:
             turned = (place < other) != (func in _REVERSED)
+            mixes = -1 if turned else -2
+        elif other >= 0:
+            mixes = _letters(leaves)[place].index(_letters(leaves)[other][-1])
         x = leaves[other]
         if other < 0 or not isinstance(x, Tensor) or x is view or (turned and x.dim() < 2):
             continue
@@ -102,7 +109,7 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
             filled_args, filled_kwargs = tree_unflatten(filled, spec)
             return func(*filled_args, **filled_kwargs)
 
-        return Use(owned, view, x, turned, apply, direct)
+        return Use(owned, view, x, turned, mixes, apply, direct)
     return None
 
 
@@ -116,16 +123,21 @@ def _other(func: Any, leaves: list[Any], place: int) -> int:
 
 def _einsum(leaves: list[Any], place: int) -> int:
     """The other operand of an einsum of two, if its last dimension alone is what the weight mixes."""
-    operands = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if len(operands) != 2 or not isinstance(leaves[0], str) or "->" not in leaves[0]:
-        return -1
-    terms, result = leaves[0].replace(" ", "").split("->")
-    letters = dict(zip(operands, terms.split(","), strict=False))
-    other = operands[1 - operands.index(place)]
+    letters = _letters(leaves)
     if len(letters) != 2:
         return -1
+    result = leaves[0].rpartition("->")[2]
+    (other,) = letters.keys() - {place}
     mixed = [letter for letter in letters[other] if letter in letters[place] and letter not in result]
     return other if len(mixed) == 1 and letters[other].endswith(mixed[0]) else -1
+
+
+def _letters(leaves: list[Any]) -> dict[int, str]:
+    """What each operand of an einsum has its dimensions called, by place; none if it is not written out."""
+    operands = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(operands) != 2 or not isinstance(leaves[0], str) or "->" not in leaves[0]:
+        return {}
+    return dict(zip(operands, leaves[0].replace(" ", "").split("->")[0].split(","), strict=False))
 
 
 def call(use: Use, seat: Seat | None) -> Any:
@@ -151,7 +163,7 @@ def call(use: Use, seat: Seat | None) -> Any:
     args: tuple[Any, ...] = (x if seat is None else seat.outer(x),)
     kwargs: dict[str, Any] = {}
     kind = _UseKind(use, inner, again)
-    index = state.index_of(use.view, use.owned.tensor)
+    index = state.index_of(use.view, use.owned.tensor, use.mixes)
     if seat is not None and seat.batched:
         state.layout = LAYOUTS[0 if seat.batch_first else 1]
     if state.observer is None:

@@ -76,6 +76,10 @@ class Wiring:
         rests: nothing is learned now, and no pass is handed back exactly to learn from.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
+        compiled: some of its calls have been part of a compiled graph, which reads what :meth:`prepare` makes.
+        prepared: all layers are ready for such a graph, and nothing has changed since.
+        unready: why, in words, layers under direct rules cannot be part of such graphs now; "" if they can.
+        apart: they have run outside of one, and stay there.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
         key: a number of its own in this process: its name in compiled graphs.
@@ -111,6 +115,10 @@ class Wiring:
         self.probed = 0
         self.rests = False
         self.looked = False
+        self.compiled = False
+        self.prepared = False
+        self.unready = ""
+        self.apart = False
         self.certain = False
         self.bypassed: set[Tensor] = set()
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
@@ -123,7 +131,8 @@ class Wiring:
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}, "groups": ()}
+        fresh = {"errors": {}, "common": {}, "bypassed": set(), "_weights": {}, "prepared": False, "apart": False}
+        return {**self.__dict__, **fresh, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -253,8 +262,7 @@ class Wiring:
         if self.news:
             self._settle_news()
         elif changed:
-            for state in self.layers.values():
-                state.refresh()
+            self.refresh()
 
     def _settle_news(self) -> None:
         self.news = False
@@ -269,8 +277,60 @@ class Wiring:
         if self.passed:  # after scales are known, and feedback drawn for good
             self.passed = False
             learning.step(self)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what is different about layers: their rules, roles or scales."""
         for state in self.layers.values():
             state.refresh()
+        if self.compiled:  # graphs made before are used again, and must not find what was put there for another rule
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Get all layers ready for a compiled graph."""
+        self.compiled = self.prepared = True
+        states = self.layers.values()
+        for state in states:
+            state.prepare()
+        running = [state for state in states if (state.ran or not self.looked) and not state.idle]
+        direct = [state for state in running if isinstance(state.rule, DirectRule)]
+        # The layers of a pass find each other on one graph: all of them are part of it, or none.
+        self.unready = self._unready(direct) if direct else ""
+        for state in states:
+            state.in_graph = state.traceable and state.plain and not (direct and (self.unready or self.apart))
+            state.joins_traced = state.role is Role.OUTPUT and bool(direct)
+
+    def _unready(self, direct: list[LayerState]) -> str:
+        if not self.looked:
+            return "no ordinary training pass has come before the first compiled one"
+        for state in self.layers.values():
+            if state.ran and state.picks:
+                return f"rows of the input of layer {state.label} are picked from the batch by an index"
+        for state in direct:
+            if not (state.traceable and state.plain):
+                return (
+                    f"layer {state.label} cannot be part of a compiled graph under {state.rule!r}, or no ordinary "
+                    "training pass has been under that rule yet"
+                )
+        return ""
+
+    def part(self) -> None:
+        """A layer under a direct rule runs outside of a compiled graph: from now on all do.
+
+        Not until the reason is gone: what was compiled meanwhile breaks at every layer, and goes on being used.
+        """
+        if self.apart:
+            return
+        self.apart = True
+        for state in self.layers.values():
+            state.in_graph = False
+        why = self.unready or "what was compiled under another rule breaks at every layer"
+        self.warn_once(
+            "compile",
+            f"torch.compile: {why}. So layers under direct rules run outside of compiled graphs from now on, each a "
+            "graph break: gradients are right, but little time is saved. What can be compiled can be with "
+            "fullgraph=True, after one ordinary training pass",
+        )
 
     def _forget_hidden_outputs(self) -> None:
         """A side loss came first: its layer is no output after all, and no feedback is named after it."""
@@ -365,6 +425,7 @@ class LayerState:
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
         picks: its input was seen to be rows picked from the batch by index.
         idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
@@ -373,12 +434,13 @@ class LayerState:
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
-        rejoined: one call of it was seen to feed several calls of one layer.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
-        in_graph: its calls are, since those of the layers it passes errors to and from can be too.
+        plain: its feedback is there, and plain tensors, which is what such a graph can be given.
+        in_graph: its calls are, as are those of the layers it passes errors to and from.
         joins_traced: its output is joined to the pass there.
+        fed: an input of it was seen to require a gradient.
         fixed: the feedback that graph is given; for direct rules, for each input one B for each of ``fixed_outputs``.
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
         random_as: shape, dtype and device of R, as the last pass needed it.
@@ -408,6 +470,7 @@ class LayerState:
         self.idle = False
         self.lost = ""
         self.picks = False
+        self.stacked = 1
         self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
@@ -418,11 +481,12 @@ class LayerState:
         self.used: Tensor | None = None
         self.settled = False
         self.steady = ""
-        self.rejoined = False
         self.mirror: Tensor | None = None
         self.written = ""
         self.joins_traced = False
         self.traceable = False
+        self.plain = True
+        self.fed = False
         self.in_graph = False
         self.fixed: tuple[Tensor, ...] = ()
         self.fixed_outputs: tuple[str, ...] = ()
@@ -508,6 +572,13 @@ class LayerState:
         self._last = self.mirror = None
         self.written = repr(self.rule)
         self.traceable = self._traceable()
+        self.wiring.prepared = False
+
+    def changed(self) -> None:
+        """Take in something that a pass under way has shown about this layer alone."""
+        self.refresh()
+        if self.wiring.compiled:
+            self.wiring.prepare()
 
     def _as_fixed(self, rule: Rule) -> bool:
         """Whether a pass that learns nothing is one as under fixed feedback."""
@@ -529,28 +600,22 @@ class LayerState:
 
     def prepare(self) -> None:
         """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
-        self.refresh()
-        wiring, rule = self.wiring, self.rule
-        wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
-        ran = [state for state in wiring.layers.values() if state.ran and not state.idle]
-        direct = [state for state in ran if isinstance(state.rule, DirectRule)]
-        # The layers of a pass find each other on one graph: all of them are part of it, or none.
-        together = all(state.traceable and state._plain() for state in direct) and not any(s.picks for s in ran)
-        self.in_graph = self.traceable and (together or not direct)
-        self.joins_traced = self.role is Role.OUTPUT and bool(direct)
-        self.fixed = ()
+        rule = self.rule
+        self.fixed, self.fixed_outputs, self.plain = (), (), True
         if isinstance(rule, DirectRule) and not rule.silent:
+            structure = self.structure(rule)
+            if any(other != structure for other in self.structures.values()) or (self.fed and not self.shapes):
+                self.plain = False  # no pass has shown yet what shape B has
+                return
             made = {place: self._made_for(*place, shape) for place, shape in self.shapes.items()}
             self.fixed_outputs = tuple(dict.fromkeys(output for output, _ in made))
             places = [(output, index) for index in sorted({i for _, i in made}) for output in self.fixed_outputs]
             self.fixed = tuple(B for place in places if isinstance(B := made.get(place), Tensor))
-            self.in_graph = self.in_graph and len(self.fixed) == len(places)
-        elif isinstance(rule, LocalRule) and rule.random and self.random_as is not None:
-            self.fixed = (self.random(rule, *self.random_as),)
-
-    def _plain(self) -> bool:
-        """Whether all its direct feedback is plain tensors."""
-        return all(isinstance(self._made_for(*place, shape), Tensor) for place, shape in self.shapes.items())
+            self.plain = len(self.fixed) == len(places)
+        elif isinstance(rule, LocalRule) and rule.random and not rule.redraw:
+            if self.random_as is not None:
+                self.fixed = (self.random(rule, *self.random_as),)
+            self.plain = bool(self.fixed) or not self.fed
 
     def _made_for(self, output: str, index: int, shape: tuple[int, ...]) -> Tensor | Feedback:
         """B for one input and output layer, as the last pass needed it."""
@@ -584,14 +649,20 @@ class LayerState:
         """Whether it is running now, in this thread."""
         return get_ident() in self.busy
 
-    def index_of(self, view: Tensor, weight: Tensor) -> int:
+    def index_of(self, view: Tensor, weight: Tensor, mixes: int | None) -> int:
         """Number of the input that meets ``view`` of ``weight``: 0 for all of it, else 1 + the row it begins with.
 
-        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own.
+        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own, and so
+        has the other direction of a weight that is used in both (1), as a tied decoder does.
+
+        Args:
+            mixes: the dimension of ``view`` that meets x's features; None if it is as in the layer.
         """
-        if view is weight or view.numel() == weight.numel():
-            return 0
-        return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+        if view is not weight and view.numel() != weight.numel():
+            return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+        usual = 0 if self.kind.transposed else 1
+        flat = mixes is not None and view.dim() == weight.dim() == 2
+        return 1 if flat and view.stride(mixes) != weight.stride(usual) else 0
 
     def dead(self, use: str) -> None:
         """Its weight was used in a way the rule cannot be applied to; ``use`` says who used it how."""
@@ -731,7 +802,7 @@ class LayerState:
         device: torch.device,
     ) -> tuple[Route, Tensor | Feedback]:
         structure = self.structure(rule)
-        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order, structure)
+        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order, structure, self.stacked)
         found = self._routes.get(key)
         if found is None:
             found = self._routes[key] = self._route(rule, structure, error, index, shape, e_shape, dtype, device)
@@ -787,6 +858,7 @@ class LayerState:
             layout=rule.layout,
             e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
             seen=self.order,
+            stacked=self.stacked,
             hint=self.layout,
         )
 

@@ -65,6 +65,7 @@ def fed_back(
             layout=rule.layout,
             e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
             seen=state.order,
+            stacked=state.stacked,
             hint=state.layout,
         )
     except RoutingError:
