@@ -38,7 +38,7 @@ def ranks(folder):
     ]
     try:
         for job in jobs:
-            _, err = job.communicate(timeout=300)
+            _, err = job.communicate(timeout=900)
             assert job.returncode == 0, err[-4000:]
     finally:
         for job in jobs:

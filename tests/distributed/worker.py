@@ -300,7 +300,7 @@ def main():
     rank, FOLDER = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{FOLDER}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{FOLDER}/store", rank=rank, world_size=2, timeout=timedelta(seconds=300)
     )
     found = {}
     for name, (function, args) in CASES.items():
