@@ -1,7 +1,7 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
 from rewire import functional, structures
-from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
+from rewire.convert import convert, feedback, mirror, output_error, restore, scales, use_rule
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
 from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
@@ -24,6 +24,7 @@ __all__ = [
     "convert",
     "feedback",
     "functional",
+    "mirror",
     "output_error",
     "register_rule",
     "restore",

@@ -12,7 +12,7 @@ from torch import nn
 from rewire.errors import ConversionError
 from rewire.layers.registry import kind_of, why_not
 from rewire.preview import Shapes, preview
-from rewire.rules.base import DirectRule, LocalRule
+from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.structures import Dense, Structure
 from rewire.swap import states_of
 from rewire.wiring import LayerState, Role
@@ -158,7 +158,12 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
     rule = state.rule
     shape: tuple[int, ...] | None = None
     size, scale, notes = 0, None, []
-    if isinstance(rule, LocalRule):
+    if isinstance(rule, LearnedLocal) and state.learner is not None:
+        shape, size, scale = state.learner.form.shape, state.learner.size(module), state.std
+        notes.append(state.learner.describe(module))
+        if state.std_note:
+            notes.append(state.std_note)
+    elif isinstance(rule, LocalRule):
         weight = state.kind.look(module)
         shape = tuple(weight.shape)
         size = weight.numel() * weight.element_size() if rule.random and not rule.redraw else 0

@@ -9,7 +9,7 @@ view of) B in the weight's place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire import operations
+from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.layers.own_forward import OPERATIONS
 from rewire.routing import LAYOUTS
@@ -24,6 +25,7 @@ from rewire.run import run
 
 if TYPE_CHECKING:
     from rewire.attention import Seat
+    from rewire.following import Learner
     from rewire.wiring import LayerState
 
 Owner = Callable[[Tensor], "Owned | None"]
@@ -64,6 +66,7 @@ class Use:
         turned: x has its features in front of its last dimension, as in ``weight @ x``.
         apply: (x, weight or its view) -> result.
         direct: the operation, and its other arguments by name, if it has a fast backward with another weight.
+        mixes: an einsum, whose result may have its features anywhere.
     """
 
     owned: Owned
@@ -72,6 +75,7 @@ class Use:
     turned: bool
     apply: Callable[[Tensor, Tensor], Any]
     direct: tuple[Any, dict[str, Any]] | None
+    mixes: bool = False
 
 
 def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner) -> Use | None:
@@ -102,7 +106,7 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
             filled_args, filled_kwargs = tree_unflatten(filled, spec)
             return func(*filled_args, **filled_kwargs)
 
-        return Use(owned, view, x, turned, apply, direct)
+        return Use(owned, view, x, turned, apply, direct, func is torch.einsum)
     return None
 
 
@@ -136,6 +140,9 @@ def call(use: Use, seat: Seat | None) -> Any:
     """
     state, layer = use.owned.state, use.owned.layer
     dims = use.x.dim()
+    plain = use.owned.tensor is use.owned.weight
+    if state.learner is not None:
+        use = _followed(use, state.learner, plain)
 
     def inner(x: Tensor) -> Tensor:
         x = x if seat is None else seat.inner(x, dims)
@@ -157,10 +164,25 @@ def call(use: Use, seat: Seat | None) -> Any:
     if state.observer is None:
         return run(state, layer, forward, args, kwargs, kind, index)
     before, after = state.observer
-    args, kwargs = before(state, layer, args, kwargs, again, index, use.owned.tensor is use.owned.weight)
+    args, kwargs = before(state, layer, args, kwargs, again, index, plain)
     y = run(state, layer, forward, args, kwargs, kind, index)
     after(state, layer, args, kwargs, y)
     return y
+
+
+def _followed(use: Use, learner: Learner, plain: bool) -> Use:
+    """The use with a stand-in for the weight, which hands the weight's gradient to the layer's feedback too."""
+    owned = use.owned
+    if not plain and learner.rule.trained:
+        raise PassError(
+            f"layer {owned.state.label}: another module makes something of its weight and uses that, so {learner.rule!r} "
+            f"would not learn from the weight itself: use another rule, layers={{{owned.state.name!r}: 'fa'}}"
+        )
+    stand_in = learner.stand_in(owned.layer, owned.tensor)
+    if stand_in is owned.tensor:
+        return use
+    view = _view_of(stand_in, use.view, owned.tensor) if use.view is not owned.tensor else stand_in
+    return replace(use, owned=replace(owned, tensor=stand_in), view=view)
 
 
 def _view_of(t: Tensor, view: Tensor, base: Tensor) -> Tensor:
@@ -185,6 +207,11 @@ class _UseKind(Kind):
 
     def axis(self, dims: int) -> int:
         return self.use.owned.state.kind.axis(dims)
+
+    def delta_axis(self, y: Any) -> int | None:
+        if not isinstance(y, Tensor) or self.use.mixes:
+            return None
+        return -2 if self.use.turned else self.axis(y.dim())
 
     def run(
         self,

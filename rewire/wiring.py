@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rewire import learning
+from rewire import following, learning
 from rewire.distributed import sum_over_ranks
 from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import quick_normal, standard_normal
@@ -75,6 +75,8 @@ class Wiring:
         readings: orders of sequence and batch dimension that passes have shown.
         key: a number of its own in this process: its name in compiled graphs.
         common: what structures of feedback keep once for all layers.
+        still: a copy that is only looked at: local feedback does not learn.
+        complaints: names of layers with something to be said about, by what that is.
     """
 
     def __init__(
@@ -104,6 +106,8 @@ class Wiring:
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
+        self.still = False
+        self.complaints: dict[str, list[str]] = {}
         self._warned: set[str] = set()
         self._register()
 
@@ -132,6 +136,13 @@ class Wiring:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, RewireWarning, stacklevel=2)
+
+    def complain(self, what: str, state: LayerState) -> None:
+        """Something is to be said about a layer when the next pass begins, of all that it is true of together."""
+        names = self.complaints.setdefault(what, [])
+        if state.name not in names:
+            names.append(state.name)
+            self.unsettled = self.passed = True
 
     def warned_like(self, other: Wiring) -> None:
         """Take for said what a copy has said."""
@@ -198,6 +209,8 @@ class Wiring:
         """
         self.unsettled = False
         changed = False
+        if self.passed:
+            following.step(self)
         if self.passed and not self.news:
             self.passed = False
             changed = learning.step(self)
@@ -317,6 +330,7 @@ class LayerState:
         gathered: what passes have shown that is not taken in yet, by input.
         learned: B and whatever else its rule keeps, by the names they have in the module.
         linked: all of that is in the module.
+        learner: what sees to a local rule's feedback that learns.
     """
 
     def __init__(
@@ -359,6 +373,7 @@ class LayerState:
         self.gathered: dict[int, dict[str, Tensor]] = {}
         self.learned: dict[str, Tensor] = {}
         self.linked = True
+        self.learner: following.Learner | None = None
         self._glance: Tensor | None = None
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
@@ -425,7 +440,9 @@ class LayerState:
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
         self.steady = ""
-        if self.watched or self.picks or not self.kind.local or (learns and not self._as_fixed(rule)):
+        if self.watched or self.picks or not self.kind.local or self.learner is not None:
+            pass
+        elif learns and not self._as_fixed(rule):
             pass  # something special about its calls; a block may be given anything
         elif direct:
             self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
@@ -442,7 +459,7 @@ class LayerState:
     def _traceable(self) -> bool:
         """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
         rule = self.rule
-        if not self.wiring.looked or self.watched or rule.learns:
+        if not self.wiring.looked or self.watched or rule.learns or self.learner is not None:
             return False
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
@@ -460,6 +477,7 @@ class LayerState:
         direct = [state for state in ran if isinstance(state.rule, DirectRule)]
         # The layers of a pass find each other on one graph: all of them are part of it, or none.
         together = all(state.traceable and state._plain() for state in direct) and not any(s.picks for s in ran)
+        together = together and all(s.traceable for s in ran if s.role is Role.OUTPUT)
         self.in_graph = self.traceable and (together or not direct)
         self.joins_traced = self.role is Role.OUTPUT and bool(direct)
         self.fixed = ()
@@ -854,6 +872,9 @@ class LayerState:
 
     def count(self, module: nn.Module) -> None:
         """Before saving: everything is in the module, and so is the number of passes."""
+        if self.learner is not None:
+            self.learner.save(module)
+            return
         passes = self.learned.get(f"{self.tag}passes")
         if passes is not None:
             passes.fill_(self.wiring.passes)
@@ -879,7 +900,7 @@ class LayerState:
 
     def relink(self, module: nn.Module) -> None:
         """The module's tensors may be others now: moved, cast, loaded."""
-        if not self.learns:
+        if not isinstance(self.rule, LearnedDirect):
             return
         found = {name: t for name, t in module._buffers.items() if name.startswith(self.tag) and t is not None}
         if not found:
