@@ -5,14 +5,15 @@ layer's operation is given a stand-in for its weight, of the same values, whose 
 weight and, as the rule says, to the feedback. So it reaches both through one graph, as hooks, gradient accumulation
 and wrappers expect.
 
-Everything else is a buffer, and changes in forwards outside of any backward: what passes have shown is summed over
+Everything else is a buffer, and changes in forwards, not when they are run again in a backward: what passes have shown is summed over
 ranks when the next forward of the model begins, and taken in by the layer's next call, as mirror steps are. A buffer is
 replaced, not changed in place: a pass hands back what its forward found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,12 +65,19 @@ class _Follow(Function):
         if gradient is None:
             return (None,) * (4 + len(ctx.names))
         read = dict(zip(ctx.read, ctx.saved_tensors, strict=True))
-        with torch.no_grad():
+        with _apart(gradient.device):
             found = ctx.rule.follow(gradient, read, ctx.form)
         return (gradient, None, None, None, *(found.get(name) for name in ctx.names))
 
 
 _follow: Callable[..., Tensor] = _Follow.apply
+
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Arithmetic that is no part of the model's: without gradients, in the dtypes it is given."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class _Draw:
@@ -111,6 +119,7 @@ class Learner:
         self.names: tuple[str, ...] = ()
         self.steps = 0
         self._undrawn = False
+        self._entered_at = -1
         self._mirrored_at = -1
         self._sums: dict[str, Tensor] = {}  # of the passes since the last forward, on this rank
         self._taken: dict[str, Tensor] = {}  # of earlier ones, on all ranks: to be taken in by the next call
@@ -142,7 +151,9 @@ class Learner:
         if self.rule.watches:
             with torch.no_grad():
                 nothing = weight.new_zeros((0, self.form.rows))
-                shown = self.rule.gather(nothing.to(torch.promote_types(nothing.dtype, torch.float32)), made, slice(None))
+                shown = self.rule.gather(
+                    nothing.to(torch.promote_types(nothing.dtype, torch.float32)), made, slice(None)
+                )
             self._shapes = {name: t.shape for name, t in shown.items()}
         if self.rule.every is not None:
             for name in (_STEPS, _PASSES):
@@ -171,7 +182,7 @@ class Learner:
     def feedback(self, module: nn.Module) -> Tensor:
         """B, of the weight's shape, as the next pass will use it."""
         self.take_in(module)
-        with torch.no_grad():
+        with _apart(self._weight(module).device):
             return self.rule.feedback(self.kept(module), self.form).detach()
 
     def size(self, module: nn.Module) -> int:
@@ -215,11 +226,20 @@ class Learner:
     def enter(self, module: nn.Module) -> None:
         """A call of the layer begins: take in what there is, if the time is right."""
         wiring = self.state.wiring
-        if wiring.still or backward_id() != -1:
+        # Run again in a backward, it has to find everything as it was; unless its first run was without gradients, as
+        # under re-entrant activation checkpointing.
+        again = backward_id() != -1 and self._entered_at == wiring.passes
+        if wiring.still or again:
             return
+        self._entered_at = wiring.passes
         if _transforming():
             if self.rule.watches or self.rule.every:
-                wiring.complain("transform", self.state)
+                wiring.warn_once(
+                    "learned:transform",
+                    f"layer {self.state.label} and others like it: under torch.func transforms the feedback of "
+                    f"{self.rule!r} is used, but learns nothing from passes or noise: run ordinary passes too, or "
+                    "rewire.mirror(model, steps=...)",
+                )
             return
         if self._undrawn and not self._weight(module).is_meta:
             self._undrawn = False
@@ -268,7 +288,7 @@ class Learner:
         self._device = y.device
 
         def see(delta: Tensor) -> None:
-            with torch.no_grad():
+            with _apart(delta.device):
                 rows = (delta if axis == -1 else delta.movedim(axis, -1)).reshape(-1, delta.shape[axis])
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                 for name, value in self.rule.gather(rows, kept, slice(first, first + rows.shape[1])).items():
@@ -283,7 +303,7 @@ class Learner:
         """Let the rule learn what passes have shown."""
         if self._taken and not self.state.wiring.still:
             taken, self._taken = self._taken, {}
-            with torch.no_grad():
+            with _apart(self._weight(module).device):
                 self._replace(module, self.rule.learn(self.kept(module), taken))
 
     def mirror(self, module: nn.Module, steps: int = 1) -> None:
@@ -302,7 +322,7 @@ class Learner:
                     scale=1.0,
                 ).to(device=weight.device, dtype=dtype)
 
-            with torch.no_grad():
+            with _apart(weight.device):
                 self._replace(module, self.rule.mirror(weight, self.kept(module), self.form, noise))
 
     def angle(self, module: nn.Module) -> float:
@@ -341,7 +361,7 @@ class Learner:
         self._alone = 0
         self._changes += 1
         if self._changes in (1, _LONG):
-            with torch.no_grad():
+            with _apart(weight.device):
                 gap = self.rule.gap(weight, kept, self.form)
             size = None if gap is None else float(gap.double().norm())
             if self._changes == 1:
@@ -374,7 +394,7 @@ class _Kept(BackwardWeight):
         self.rule, self.form, self.kept, self.weight = rule, form, kept, weight
 
     def _made(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        with torch.no_grad():
+        with _apart(device):
             return self.rule.feedback(self.kept, self.form).detach().to(device=device, dtype=dtype)
 
     def later(self, weight: Tensor) -> Callable[[], Tensor]:
@@ -424,8 +444,6 @@ _COMPLAINTS = {
     "the optimizer a weight_decay (for feedback and weights alike)",
     "mirror": f"under 'wm' for {_UNMIRRORED} passes without a mirror step: call rewire.mirror(model, steps=...), or convert "
     "with wm(every=1)",
-    "transform": "under torch.func transforms their feedback is used, but learns nothing from passes and noise: run "
-    "ordinary passes too, or rewire.mirror(model, steps=...)",
 }
 
 

@@ -178,6 +178,7 @@ def _followed(use: Use, learner: Learner, plain: bool) -> Use:
             f"layer {owned.state.label}: another module makes something of its weight and uses that, so {learner.rule!r} "
             f"would not learn from the weight itself: use another rule, layers={{{owned.state.name!r}: 'fa'}}"
         )
+    learner.enter(owned.layer)  # before anything is taken from what it keeps
     stand_in = learner.stand_in(owned.layer, owned.tensor)
     if stand_in is owned.tensor:
         return use

@@ -142,7 +142,6 @@ class Wiring:
         names = self.complaints.setdefault(what, [])
         if state.name not in names:
             names.append(state.name)
-            self.unsettled = self.passed = True
 
     def warned_like(self, other: Wiring) -> None:
         """Take for said what a copy has said."""
