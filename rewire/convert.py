@@ -198,7 +198,7 @@ def scales(model: nn.Module) -> dict[str, float]:
 
 
 def mirror(model: M, steps: int = 1000) -> dict[str, float]:
-    """Run mirror steps on all layers under ``wm`` (:class:`rewire.rules.learned_local.WM`), with the weights as they are.
+    """Run mirror steps on all layers under ``wm``, with the weights as they are.
 
     Each layer is given noise of its own, at one position, without bias and what follows it; no input is needed, and
     nothing but the feedback changes: gradients, batch statistics and random state are as before. To be called by every
@@ -247,8 +247,8 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
         check_rule(state.name, state.kind, chosen)
         if isinstance(chosen, LearnedLocal) and (state.learner is None or repr(state.learner.rule) != repr(chosen)):
             raise ConversionError(
-                f"layer {state.label} has no feedback that {chosen!r} could use: it learns, and is made when a model is "
-                f"converted, by convert(model, {repr(chosen)!r})"
+                f"layer {state.label} has no feedback that {chosen!r} could use: it learns, and is made by "
+                f"convert(model, {repr(chosen)!r})"
             )
     before = [state.rule for state in states]
     try:

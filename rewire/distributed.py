@@ -32,6 +32,15 @@ def _active() -> DistributedDataParallel | None:
     return find()
 
 
+def unknown_to_wrapper(parameter: Tensor) -> bool:
+    """Whether a DistributedDataParallel forward is running that was wrapped before it could see ``parameter``."""
+    active = _active()
+    if active is None:
+        return False
+    known: list[Tensor] = active._module_parameters
+    return not any(parameter is other for other in known)
+
+
 def sum_tensors_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor summed over the ranks that train this model together; the tensors themselves otherwise.
 

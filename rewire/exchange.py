@@ -134,7 +134,7 @@ class Exchange:
         if isinstance(packed, Tensor):
             return packed
         if callable(packed):
-            made = packed()
+            made: Tensor = packed()
             return made.t() if self.turned else made
         weight, version, random = packed
         if weight is not None and weight._version != version:

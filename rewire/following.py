@@ -5,13 +5,14 @@ layer's operation is given a stand-in for its weight, of the same values, whose 
 weight and, as the rule says, to the feedback. So it reaches both through one graph, as hooks, gradient accumulation
 and wrappers expect.
 
-Everything else is a buffer, and changes in forwards, not when they are run again in a backward: what passes have shown is summed over
-ranks when the next forward of the model begins, and taken in by the layer's next call, as mirror steps are. A buffer is
-replaced, not changed in place: a pass hands back what its forward found.
+Everything else is a buffer, and changes in forwards, not when they are run again in a backward: what passes have shown
+is summed over ranks when the next forward of the model begins, and taken in by the layer's next call, as mirror steps
+are. A buffer is replaced, not changed in place: a pass hands back what its forward found.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.utils.parametrize import is_parametrized
 
-from rewire.distributed import sum_tensors_over_ranks
+from rewire.distributed import sum_tensors_over_ranks, unknown_to_wrapper
 from rewire.errors import ConversionError, PassError
 from rewire.feedback import quick_normal, standard_normal
 from rewire.layers.form import Form
@@ -97,8 +98,8 @@ class _Draw:
     def orthogonal(self, what: str, shape: tuple[int, int]) -> Tensor:
         if self.nothing:
             return torch.empty(shape, device="meta")
-        unit = semi_orthogonal(shape, seed=self.seed, name=self._stream(what))
-        return unit / max(shape) ** 0.5  # rows or columns of length 1
+        unit: Tensor = semi_orthogonal(shape, seed=self.seed, name=self._stream(what))
+        return unit / math.sqrt(max(shape))  # rows or columns of length 1
 
 
 class Learner:
@@ -119,6 +120,7 @@ class Learner:
         self.names: tuple[str, ...] = ()
         self.steps = 0
         self._undrawn = False
+        self._wrapped = False  # it is known that whatever is around the model knows of the Parameters
         self._entered_at = -1
         self._mirrored_at = -1
         self._sums: dict[str, Tensor] = {}  # of the passes since the last forward, on this rank
@@ -131,7 +133,7 @@ class Learner:
         self._device: torch.device | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sums": {}, "_versions": (), "_alone": 0}
+        return {**self.__dict__, "_sums": {}, "_versions": (), "_alone": 0, "_wrapped": False}
 
     # -- in the module -------------------------------------------------------------------------------
 
@@ -241,6 +243,14 @@ class Learner:
                     "rewire.mirror(model, steps=...)",
                 )
             return
+        if not self._wrapped:
+            self._wrapped = True
+            for name in self.rule.trained:
+                if unknown_to_wrapper(self.kept(module)[name]):
+                    raise PassError(
+                        f"layer {self.state.label}: its feedback is a Parameter, made after DistributedDataParallel was "
+                        "put around the model, which would not sum its gradients over ranks: convert first, then wrap"
+                    )
         if self._undrawn and not self._weight(module).is_meta:
             self._undrawn = False
             with torch.no_grad():
@@ -281,8 +291,8 @@ class Learner:
             return
         if axis is None:
             raise PassError(
-                f"layer {self.state.label}: {self.rule!r} has to know where the features of its output are, and another "
-                f"module uses its weight in an einsum: use another rule, layers={{{self.state.name!r}: 'fa'}}"
+                f"layer {self.state.label}: {self.rule!r} has to know where the features of its output are, and a "
+                f"module around it uses its weight in an einsum: use another rule, layers={{{self.state.name!r}: 'fa'}}"
             )
         kept, first = self.kept(module), max(index - 1, 0)
         self._device = y.device
@@ -440,10 +450,10 @@ def step(wiring: Wiring) -> None:
 _COMPLAINTS = {
     "optimizer": "their weights change, and their learned feedback does not: it is a Parameter (rewire_...) that the "
     "optimizer has to hold. Build the optimizer after convert(), or add those parameters to it",
-    "decay": f"their feedback is as far from the weight as it was {_LONG} steps ago. It comes nearer by decay alone: give "
-    "the optimizer a weight_decay (for feedback and weights alike)",
-    "mirror": f"under 'wm' for {_UNMIRRORED} passes without a mirror step: call rewire.mirror(model, steps=...), or convert "
-    "with wm(every=1)",
+    "decay": f"their feedback is as far from the weight as it was {_LONG} steps ago. It comes nearer by decay alone: "
+    "give the optimizer a weight_decay (for feedback and weights alike)",
+    "mirror": f"under 'wm' for {_UNMIRRORED} passes without a mirror step: call rewire.mirror(model, steps=...), or "
+    "convert with wm(every=1)",
 }
 
 
@@ -483,8 +493,8 @@ def _check(name: str, kind: Kind, module: nn.Module, rule: LearnedLocal, shared:
     others = shared.get(id(weight), [])
     if rule.trained and len(others) > 1:
         raise ConversionError(
-            f"layer {name!r}: its weight is shared ({', '.join(others)}), so that it also gets gradients that do not pass "
-            f"this layer, and {rule!r} could not follow them: {way_out}"
+            f"layer {name!r}: its weight is shared ({', '.join(others)}), so that it also gets gradients that do not "
+            f"pass this layer, and {rule!r} could not follow them: {way_out}"
         )
 
 

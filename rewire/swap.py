@@ -147,7 +147,7 @@ _disable: Callable[..., Any] = torch.compiler.disable
 _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
     "the first compiled one: it finds the output layers and measures scales. Not compiled at all: skip='cut', drtp, "
-    "brsf, feedback that learns, feedback that is no plain tensor, nn.MultiheadAttention, weights that other modules use"
+    "brsf, feedback that learns or is no plain tensor, nn.MultiheadAttention, weights that other modules use"
 )
 _outside_of_compile: Callable[..., Any] = _disable(run, reason=_why)
 _attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)

@@ -175,8 +175,9 @@ def _followed(use: Use, learner: Learner, plain: bool) -> Use:
     owned = use.owned
     if not plain and learner.rule.trained:
         raise PassError(
-            f"layer {owned.state.label}: another module makes something of its weight and uses that, so {learner.rule!r} "
-            f"would not learn from the weight itself: use another rule, layers={{{owned.state.name!r}: 'fa'}}"
+            f"layer {owned.state.label}: another module makes something of its weight and uses that, so "
+            f"{learner.rule!r} would not learn from the weight itself: use another rule, "
+            f"layers={{{owned.state.name!r}: 'fa'}}"
         )
     learner.enter(owned.layer)  # before anything is taken from what it keeps
     stand_in = learner.stand_in(owned.layer, owned.tensor)

@@ -6,8 +6,13 @@ The reference knows what each layer keeps at the start, the data and the equatio
 import copy
 import io
 import math
+import os
 import pickle
+import socket
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,7 +239,6 @@ def test_what_is_kept_at_the_start(net, rule):
 @pytest.mark.parametrize("rule", ["kp", "wm"])
 def test_angles_after_training_on_digits(rule):
     from importlib.util import module_from_spec, spec_from_file_location
-    from pathlib import Path
 
     path = Path(__file__).parents[1] / "examples" / "weight_angles.py"
     spec = spec_from_file_location("weight_angles", path)
@@ -458,6 +462,8 @@ def test_activation_checkpointing(rule, reentrant):
     other = copy.deepcopy(model)
     wrapped = Checkpointed(other)
     one, two = optimizer(model), optimizer(other)
+    steps(model, one, x, y, 1)
+    steps(other, two, x, y, 1)  # roles are known after it, as re-entrant checkpointing needs
     for _ in range(4):
         steps(model, one, x, y, 1)
         steps(wrapped, two, x, y, 1)
@@ -672,7 +678,7 @@ def test_attention(rule):
 def test_weights_that_cannot_be_followed(rule):
     model = mlp()
     nn.utils.parametrizations.weight_norm(model[2])
-    with pytest.raises(rewire.ConversionError, match="'2'.*parametrization"):
+    with pytest.raises(rewire.ConversionError, match=r"'2'.*parametrization"):
         rewire.convert(model, rule)
     rewire.convert(model, rule, layers={"2": "fa"})
 
@@ -681,7 +687,7 @@ def test_weights_that_cannot_be_followed(rule):
             return F.linear(x, self.weight - self.weight.mean())
 
     model = nn.Sequential(nn.Linear(4, 4), Own(4, 4))
-    with pytest.raises(rewire.ConversionError, match="'1'.*forward of its own"):
+    with pytest.raises(rewire.ConversionError, match=r"'1'.*forward of its own"):
         rewire.convert(model, rule)
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -855,3 +861,76 @@ def test_verify_sees_what_is_wrong(rule, what, monkeypatch):
         monkeypatch.setattr(cls, what, lambda *args: 1.01 * right(*args))
     verified = rewire.verify(model, x, lambda out: F.cross_entropy(out, y))
     assert {layer.status for layer in verified.layers[1:]} == {"wrong"}, str(verified)
+
+
+# -- several processes --------------------------------------------------------------------------------------
+
+RANK = """
+import sys, torch
+import torch.distributed as dist
+import rewire
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+data = torch.load(f"{folder}/data.pt")
+x, y = data["x"].chunk(2)[rank], data["y"].chunk(2)[rank]
+found = {}
+for rule in data["rules"]:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    model.load_state_dict(data["model"])
+    ddp = DistributedDataParallel(rewire.convert(model, rule))
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.02)
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+    ddp(x)  # what the last pass has shown
+    found[rule] = model.state_dict()
+try:
+    model.load_state_dict(data["model"], strict=False)
+    rewire.convert(DistributedDataParallel(rewire.restore(model)), "kp")(x)
+except Exception as problem:
+    found["late"] = repr(problem)
+torch.save(found, f"{folder}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes(tmp_path):
+    """Two ranks on half a batch each learn what one process learns on all of it."""
+    model, x, y = problem("mlp")
+    rules = [*ALL, "wm(every=2)"]
+    plain = copy.deepcopy(model.state_dict())
+    torch.save({"x": x, "y": y, "model": plain, "rules": rules}, tmp_path / "data.pt")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
+    arguments = [str(port), str(tmp_path)]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), *arguments], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        for job in jobs:
+            _, complaints = job.communicate(timeout=240)
+            assert job.returncode == 0, complaints
+    finally:
+        for job in jobs:
+            job.kill()
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for found in ranks:
+        assert "convert first, then wrap" in found["late"]
+        for rule in rules:
+            alone = copy.deepcopy(model)
+            rewire.convert(alone, rule)
+            steps(alone, optimizer(alone), x, y, 4)
+            alone(x)
+            for name, t in alone.state_dict().items():
+                assert (t - found[rule][name]).abs().max() < 1e-10, (rule, name)

@@ -177,9 +177,7 @@ class _Verify:
     def __init__(self, model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], random: Randomness) -> None:
         self.model, self.inputs, self.loss_fn, self.random = model, inputs, loss_fn, random
         # Feedback that is a Parameter is not a part of plain backprop: its gradient has a check of its own.
-        ours = {
-            id(t) for m in model.modules() for name in learned_names(m) if (t := m._parameters.get(name)) is not None
-        }
+        ours = {id(m._parameters.get(name)) for m in model.modules() for name in learned_names(m)}
         self.trained = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
         self.wrong: dict[str, str] = {}  # what is wrong, by layer
         self.inexact: set[str] = set()  # layers whose parameters did not get their gradient
