@@ -887,7 +887,7 @@ for rule in data["rules"]:
         nn.functional.cross_entropy(ddp(x), y).backward()
         optimizer.step()
     ddp(x)  # what the last pass has shown
-    found[rule] = model.state_dict()
+    found[rule] = {name: t.clone() for name, t in model.state_dict().items()}
 try:
     model.load_state_dict(data["model"], strict=False)
     rewire.convert(DistributedDataParallel(rewire.restore(model)), "kp")(x)
