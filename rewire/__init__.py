@@ -2,7 +2,7 @@
 
 from rewire import functional, structures
 from rewire.checkpoint import config, load_config, save_config
-from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
+from rewire.convert import convert, feedback, mirror, output_error, restore, scales, use_rule
 from rewire.diagnose.alignment import Alignment, alignment
 from rewire.diagnose.recorder import Recorder
 from rewire.diagnose.verify import verify
@@ -32,6 +32,7 @@ __all__ = [
     "feedback",
     "functional",
     "load_config",
+    "mirror",
     "output_error",
     "register_rule",
     "restore",

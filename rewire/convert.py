@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewire import hosts, learned, structures
+from rewire import following, hosts, learned, structures
 from rewire.arguments import check_model
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.guard import MODES, Guard
 from rewire.layers.own_forward import OwnForward
-from rewire.rules import DirectRule, LearnedDirect, LocalRule, Rule, resolve
+from rewire.rules import DirectRule, LearnedDirect, LearnedLocal, LocalRule, Rule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
 from rewire.wiring import LayerState, Role, Wiring, weight_scale
@@ -103,6 +103,10 @@ def convert(
         scale_of = _scales_given(choices, scale)
         states = [_state(choice, wiring, scale_of(choice)) for choice in choices]
         surrogates = _surrogates(model, {} if derivative is None else derivative, choices)
+        shared = following.shared_weights(model)
+        for choice, state in zip(choices, states, strict=True):
+            state.learner = following.learner_for(state, choice.module, choice.rule, shared)
+            state.refresh()
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
         _put_back(earlier)
@@ -115,6 +119,9 @@ def convert(
             states_of(choice.module).append(state)
         else:
             swap_in(choice.module, cls, Parts([state]))
+    for choice, state in zip(choices, states, strict=True):
+        if state.learner is not None:
+            state.learner.begin(choice.module)
     for module, surrogate_cls, surrogate in surrogates:
         swap_in(module, surrogate_cls, surrogate)
     for module in model.modules():
@@ -158,7 +165,10 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
         rule = state.rule
         if state.idle:
             continue
-        if isinstance(rule, LocalRule):
+        if isinstance(rule, LearnedLocal):
+            if state.learner is not None:
+                found[state.name] = state.learner.feedback(module)
+        elif isinstance(rule, LocalRule):
             weight = state.kind.look(module) if state.used is None else state.used
             not_run = state.std is None or (rule.uses_weight and state.used is None)
             if weight.is_meta or (not_run and isinstance(state.kind, OwnForward)):
@@ -202,6 +212,35 @@ def scales(model: nn.Module) -> dict[str, float]:
     return found
 
 
+def mirror(model: M, steps: int = 1000) -> dict[str, float]:
+    """Run mirror steps on all layers under ``wm``, with the weights as they are.
+
+    Each layer is given noise of its own, at one position, without bias and what follows it; no input is needed, and
+    nothing but the feedback changes: gradients, batch statistics and random state are as before. To be called by every
+    rank, or by none.
+
+    Args:
+        model: a converted model.
+        steps: number of steps; about 5 / rate of them make B forget what it was.
+
+    Returns:
+        The angle between W and B in degrees, by layer name.
+
+    Raises:
+        ConversionError: if no layer is under ``wm``, or ``steps`` is no positive whole number.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConversionError(f"steps is a whole number of at least 1, not {steps!r}")
+    found = [(m, s.learner) for m, s in _states(model) if s.learner is not None and s.learner.rule.every is not None]
+    if not found:
+        raise ConversionError(f"no layer of {type(model).__name__} is under a rule that mirrors: convert(model, 'wm')")
+    angles: dict[str, float] = {}
+    for module, learner in found:
+        learner.mirror(module, steps)
+        angles[learner.state.name] = learner.angle(module)
+    return angles
+
+
 @contextmanager
 def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     """All converted layers use ``rule`` in forwards inside the block; afterwards each has its own again.
@@ -222,6 +261,11 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     for state in states:
         check_rule(state.name, state.kind, chosen)
         _check_learns(state, chosen)
+        if isinstance(chosen, LearnedLocal) and (state.learner is None or repr(state.learner.rule) != repr(chosen)):
+            raise ConversionError(
+                f"layer {state.label} has no feedback that {chosen!r} could use: it learns, and is made by "
+                f"convert(model, {repr(chosen)!r})"
+            )
     before = [state.rule for state in states]
     wirings = dict.fromkeys(state.wiring for state in states)
     try:

@@ -90,6 +90,15 @@ def _active() -> DistributedDataParallel | None:
     return find()
 
 
+def unknown_to_wrapper(parameter: Tensor) -> bool:
+    """Whether a DistributedDataParallel forward is running that was wrapped before it could see ``parameter``."""
+    active = _active()
+    if active is None:
+        return False
+    known: list[Tensor] = active._module_parameters
+    return not any(parameter is other for other in known)
+
+
 def sum_tensors_over_ranks(tensors: Sequence[Tensor], groups: Groups) -> list[Tensor]:
     """Each tensor summed over ranks. Every rank has to give as many, of the same shapes."""
     if not groups or not tensors:

@@ -120,6 +120,9 @@ class Exchange:
         backward = self.backward
         if self.note:
             backward.note(weight)
+        later = backward.later(weight)
+        if later is not None:
+            return later
         random = backward.random(weight)
         if backward.keep:
             return weight, weight._version, random
@@ -133,6 +136,9 @@ class Exchange:
         """What is kept to B, as the operation would have kept it."""
         if isinstance(packed, Tensor):
             return packed
+        if callable(packed):
+            made: Tensor = packed()
+            return made.t() if self.turned else made
         weight, version, random = packed
         if weight is not None and weight._version != version:
             raise RuntimeError(

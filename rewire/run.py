@@ -26,7 +26,7 @@ from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learning import look
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
 from rewire.picks import Pick, Unclear, pick_of
-from rewire.rules.base import DirectRule, LocalRule
+from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.stacks import stacked_below
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role, Wiring
@@ -129,9 +129,18 @@ def _run(
             state.check_ranks(module)
         state.fed = state.fed or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
     rule = state.rule
+    if rule.learns:
+        state.wiring.note_ranks(module)
     if not state.linked and backward_id() == -1:
         state.link(module)
         state.refresh()
+    learner = state.learner
+    stand_in: Tensor | None = None
+    if learner is not None:
+        learner.enter(module)
+        if kind is state.kind and kind.parameter in module._parameters:  # a use by another module has seen to it
+            stand_in = learner.stand_in(module, kind.weight(module))
+            forward = _with(kind, stand_in)
     if isinstance(rule, DirectRule):
         if _transforming():
             return _transformed(state, rule, module, forward, args, kwargs, index)
@@ -139,7 +148,11 @@ def _run(
             _refuse_picks(state)
             return stream.direct(state, rule, module, forward, args, kwargs, index)
         return _direct(state, rule, module, forward, args, kwargs, index)
-    if isinstance(rule, LocalRule):
+    if isinstance(rule, LearnedLocal):
+        assert learner is not None
+        output = kind.run(module, forward, args, kwargs, learner.backward(module, stand_in))
+        learner.watch(module, output, kind.delta_axis(output), index)
+    elif isinstance(rule, LocalRule):
         output = kind.run(module, forward, args, kwargs, _backward(state, rule))
     else:
         output = forward(module, *args, **kwargs)
@@ -180,6 +193,15 @@ def _idle(state: LayerState, output: Any) -> Any:
         state.wake()
         return finish(state, output, [], [], [], 0)
     return output
+
+
+def _with(kind: Kind, weight: Tensor) -> Forward:
+    """The layer's forward with another tensor in its weight's place."""
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return kind.operate(module, weight, *args, **kwargs)
+
+    return forward
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:

@@ -13,7 +13,7 @@ from rewire.arguments import check_model
 from rewire.layers.registry import kind_of, why_not
 from rewire.layers.stand_in import StandIn
 from rewire.preview import Shapes, preview
-from rewire.rules.base import DirectRule, LocalRule
+from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.structures import Dense, Structure
 from rewire.swap import states_of
 from rewire.wiring import LayerState, Role
@@ -168,6 +168,11 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
     size, scale, notes = 0, None, []
     if state.idle:
         notes.append("neither it nor anything below it trains: costs nothing")
+    elif isinstance(rule, LearnedLocal) and state.learner is not None:
+        shape, size, scale = state.learner.form.shape, state.learner.size(module), state.std
+        notes.append(state.learner.describe(module))
+        if state.std_note:
+            notes.append(state.std_note)
     elif isinstance(rule, LocalRule):
         weight = state.kind.look(module)
         shape = tuple(weight.shape)

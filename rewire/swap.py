@@ -97,14 +97,17 @@ def _keeping(parent: Any) -> dict[str, Any]:
         return self
 
     def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        tags = [state.tag for state in states_of(self) if state.learns]
+        states = states_of(self)
+        tags = [state.tag for state in states if state.learns and state.learner is None]
         learned.load(self, parent, tags, state_dict, prefix, *rest)
-        for state in states_of(self):
+        for state in states:
             state.relink(self)
+            if state.learner is not None:
+                state.learner.loaded(self, any(key.startswith(prefix + state.tag) for key in state_dict))
 
     def _save_to_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for state in states_of(self):
-            if state.learns:
+            if state.learns or state.learner is not None:
                 state.wiring.settle_if_alone()  # what the last pass has shown is a part of what was learned
                 state.count(self)
         parent._save_to_state_dict(self, *args, **kwargs)
@@ -148,7 +151,8 @@ _disable: Callable[..., Any] = torch.compiler.disable
 _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
     "the first compiled one: it finds the output layers and measures scales. Not compiled at all: skip='cut', drtp, "
-    "brsf, feedback that is no plain tensor, nn.MultiheadAttention, weights that other modules use, on_nonfinite"
+    "brsf, feedback that learns or is no plain tensor, nn.MultiheadAttention, weights that other modules use, "
+    "on_nonfinite"
 )
 _outside_of_compile: Callable[..., Any] = _disable(traced.outside, reason=_why)
 _attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)

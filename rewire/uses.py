@@ -9,7 +9,7 @@ view of) B in the weight's place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire import operations
+from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.layers.own_forward import OPERATIONS
 from rewire.routing import LAYOUTS
@@ -25,6 +26,7 @@ from rewire.run import run
 
 if TYPE_CHECKING:
     from rewire.attention import Seat
+    from rewire.following import Learner
     from rewire.wiring import LayerState
 
 Owner = Callable[[Tensor], "Owned | None"]
@@ -66,6 +68,7 @@ class Use:
         mixes: the dimension of the view that meets x's features; None for a convolution.
         apply: (x, weight or its view) -> result.
         direct: the operation, and its other arguments by name, if it has a fast backward with another weight.
+        anywhere: an einsum, whose result may have its features anywhere.
     """
 
     owned: Owned
@@ -75,6 +78,7 @@ class Use:
     mixes: int | None
     apply: Callable[[Tensor, Tensor], Any]
     direct: tuple[Any, dict[str, Any]] | None
+    anywhere: bool = False
 
 
 def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner) -> Use | None:
@@ -109,7 +113,7 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
             filled_args, filled_kwargs = tree_unflatten(filled, spec)
             return func(*filled_args, **filled_kwargs)
 
-        return Use(owned, view, x, turned, mixes, apply, direct)
+        return Use(owned, view, x, turned, mixes, apply, direct, func is torch.einsum)
     return None
 
 
@@ -148,6 +152,9 @@ def call(use: Use, seat: Seat | None) -> Any:
     """
     state, layer = use.owned.state, use.owned.layer
     dims = use.x.dim()
+    plain = use.owned.tensor is use.owned.weight
+    if state.learner is not None:
+        use = _followed(use, state.learner, plain)
 
     def inner(x: Tensor) -> Tensor:
         x = x if seat is None else seat.inner(x, dims)
@@ -169,10 +176,27 @@ def call(use: Use, seat: Seat | None) -> Any:
     if state.observer is None:
         return run(state, layer, forward, args, kwargs, kind, index)
     before, after = state.observer
-    args, kwargs = before(state, layer, args, kwargs, again, index, use.owned.tensor is use.owned.weight)
+    args, kwargs = before(state, layer, args, kwargs, again, index, plain)
     y = run(state, layer, forward, args, kwargs, kind, index)
     after(state, layer, args, kwargs, y)
     return y
+
+
+def _followed(use: Use, learner: Learner, plain: bool) -> Use:
+    """The use with a stand-in for the weight, which hands the weight's gradient to the layer's feedback too."""
+    owned = use.owned
+    if not plain and learner.rule.trained:
+        raise PassError(
+            f"layer {owned.state.label}: another module makes something of its weight and uses that, so "
+            f"{learner.rule!r} would not learn from the weight itself: use another rule, "
+            f"layers={{{owned.state.name!r}: 'fa'}}"
+        )
+    learner.enter(owned.layer)  # before anything is taken from what it keeps
+    stand_in = learner.stand_in(owned.layer, owned.tensor)
+    if stand_in is owned.tensor:
+        return use
+    view = _view_of(stand_in, use.view, owned.tensor) if use.view is not owned.tensor else stand_in
+    return replace(use, owned=replace(owned, tensor=stand_in), view=view)
 
 
 def _view_of(t: Tensor, view: Tensor, base: Tensor) -> Tensor:
@@ -197,6 +221,11 @@ class _UseKind(Kind):
 
     def axis(self, dims: int) -> int:
         return self.use.owned.state.kind.axis(dims)
+
+    def delta_axis(self, y: Any) -> int | None:
+        if not isinstance(y, Tensor) or self.use.anywhere:
+            return None
+        return -2 if self.use.turned else self.axis(y.dim())
 
     def run(
         self,

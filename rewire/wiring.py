@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rewire import learning
+from rewire import following, learning
 from rewire.distributed import Groups, groups_of, in_parallel_forward, is_split, several, stage_of_pipeline, sum_pairs
 from rewire.errors import PassError, RewireWarning, RoutingError
 from rewire.feedback import quick_normal, standard_normal, streams
@@ -87,6 +87,8 @@ class Wiring:
         common: what structures of feedback keep once for all layers.
         groups: process groups of the ranks that train these layers together, as measuring passes showed.
         wrapped: they were those of a wrapper whose forward has to be running for ranks to meet.
+        still: a copy that is only looked at: local feedback does not learn.
+        complaints: names of layers with something to be said about, by what that is.
     """
 
     def __init__(
@@ -126,6 +128,8 @@ class Wiring:
         self.common: dict[Hashable, Any] = {}
         self.groups: Groups = ()
         self.wrapped = False
+        self.still = False
+        self.complaints: dict[str, list[str]] = {}
         self._warned: set[str] = set()
         self.origin = uuid.uuid4().hex
         self._register()
@@ -144,7 +148,7 @@ class Wiring:
 
     def rest(self) -> None:
         """Leave the feedback as it is from now on: for copies that are looked at."""
-        self.rests = True
+        self.rests = self.still = True
         for state in self.layers.values():
             state.gathered = {}
             state.refresh()
@@ -163,6 +167,12 @@ class Wiring:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, RewireWarning, stacklevel=2)
+
+    def complain(self, what: str, state: LayerState) -> None:
+        """Something is to be said about a layer when the next pass begins, of all that it is true of together."""
+        names = self.complaints.setdefault(what, [])
+        if state.name not in names:
+            names.append(state.name)
 
     def warned_like(self, other: Wiring) -> None:
         """Take for said what a copy has said."""
@@ -256,6 +266,8 @@ class Wiring:
             return  # a call on this rank alone, perhaps; the others would not answer
         self.unsettled = False
         changed = False
+        if self.passed:
+            following.step(self)
         if self.passed and not self.news:
             self.passed = False
             changed = learning.step(self)
@@ -448,6 +460,7 @@ class LayerState:
         gathered: what passes have shown that is not taken in yet, by input.
         learned: B and whatever else its rule keeps, by the names they have in the module.
         linked: all of that is in the module.
+        learner: what sees to a local rule's feedback that learns.
     """
 
     def __init__(
@@ -495,6 +508,7 @@ class LayerState:
         self.gathered: dict[int, dict[str, Tensor]] = {}
         self.learned: dict[str, Tensor] = {}
         self.linked = True
+        self.learner: following.Learner | None = None
         self._glance: Tensor | None = None
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
@@ -562,7 +576,7 @@ class LayerState:
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
         self.steady = ""
-        special = self.watched or self.picks or self.wiring.guard is not None
+        special = self.watched or self.picks or self.wiring.guard is not None or self.learner is not None
         if special or not self.kind.local or (learns and not self._as_fixed(rule)):
             pass  # something special about its calls; a block may be given anything
         elif direct:
@@ -587,7 +601,9 @@ class LayerState:
     def _traceable(self) -> bool:
         """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
         rule = self.rule
-        if not self.wiring.looked or self.watched or rule.learns or self.wiring.guard is not None:
+        if not self.wiring.looked or self.watched or rule.learns:
+            return False
+        if self.wiring.guard is not None or self.learner is not None:
             return False
         if self.idle:
             return True
@@ -1048,6 +1064,9 @@ class LayerState:
 
     def count(self, module: nn.Module) -> None:
         """Before saving: everything is in the module, and so is the number of passes."""
+        if self.learner is not None:
+            self.learner.save(module)
+            return
         passes = self.learned.get(f"{self.tag}passes")
         if passes is not None:
             passes.copy_(self._counts())
@@ -1073,7 +1092,7 @@ class LayerState:
 
     def relink(self, module: nn.Module) -> None:
         """The module's tensors may be others now: moved, cast, loaded."""
-        if not self.learns:
+        if not isinstance(self.rule, LearnedDirect):
             return
         found = {name: t for name, t in module._buffers.items() if name.startswith(self.tag) and t is not None}
         if not found:

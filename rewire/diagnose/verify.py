@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rewire.arguments import check_model
 from rewire.convert import feedback, restore
-from rewire.diagnose.formula import Local, context, fed_back, signal
+from rewire.diagnose.formula import Local, context, fed_back, follows, signal
 from rewire.diagnose.graph import Flow
 from rewire.diagnose.samples import Samples, weighted
 from rewire.diagnose.watch import (
@@ -46,6 +46,7 @@ from rewire.diagnose.watch import (
 )
 from rewire.errors import ConversionError, RoutingError
 from rewire.layers.registry import kind_of
+from rewire.learned import names as learned_names
 from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
 from rewire.wiring import LayerState
 
@@ -181,7 +182,9 @@ class _Verify:
 
     def __init__(self, model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], random: Randomness) -> None:
         self.model, self.inputs, self.loss_fn, self.random = model, inputs, loss_fn, random
-        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        # Feedback that is a Parameter is not a part of plain backprop: its gradient has a check of its own.
+        ours = {id(m._parameters.get(name)) for m in model.modules() for name in learned_names(m)}
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
         self.wrong: dict[str, str] = {}  # what is wrong, by layer
         self.inexact: set[str] = set()  # layers whose parameters did not get their gradient
         self.problems: list[str] = []
@@ -206,7 +209,7 @@ class _Verify:
     # -- passes --------------------------------------------------------------------------------------
 
     def _as_converted(self) -> tuple[Pass, Gradients]:
-        model = copy_of(self.model)
+        model = self._copy()
         take_gradients(model)
         self.layers = layers_of(model)
         self.states = states = {name: layer.state for name, layer in self.layers.items()}
@@ -221,7 +224,28 @@ class _Verify:
             state.draws = draw
         off = self._differ(gradients, self._plainly(model, buffers))
         self._blame(off, "its parameters get other gradients when nobody watches")
+        self._check_followed(gradients)
         return ours, gradients
+
+    def _copy(self) -> nn.Module:
+        """A copy whose local feedback stays as it is."""
+        model = copy_of(self.model)
+        for layer in layers_of(model).values():
+            layer.state.wiring.still = True
+        return model
+
+    def _check_followed(self, gradients: Gradients) -> None:
+        """Feedback that is a Parameter got the gradient that follows from its weight's."""
+        for name, layer in self.layers.items():
+            kind = layer.state.kind
+            prefix = name.removesuffix(kind.part)
+            prefix = prefix if kind.part or not name else f"{name}."
+            gradient = gradients.get(f"{prefix}{kind.parameter}")
+            if gradient is None:
+                continue
+            wanted = follows(layer, gradient)
+            if not _same([gradients.get(prefix + full) for full in wanted], list(wanted.values())):
+                self.wrong.setdefault(name, "its feedback did not get the gradient that follows from its weight's")
 
     def _used(self, name: str) -> dict[str, Tensor]:
         """``feedback(model)`` of one layer. Of the newest alone: all of it, dense, may be more than the model."""
@@ -241,7 +265,7 @@ class _Verify:
         return gradients_of(model, self.inputs, self.loss_fn)
 
     def _against_backprop(self, gradients: Gradients) -> None:
-        model = copy_of(self.model)
+        model = self._copy()
         take_gradients(model)
         layers = layers_of(model)
         for name, (module, state) in ((name, (layer.module, layer.state)) for name, layer in layers.items()):
@@ -557,7 +581,8 @@ def weights_of(layer: Layer) -> list[Tensor]:
     """What the layer's operation multiplies by: its weight, or what that is made of."""
     if layer.state.kind.part:
         return [getattr(layer.module, layer.state.kind.parameter)]
-    return [p for p in layer.module.parameters() if p.dim() > 1]
+    ours = learned_names(layer.module)
+    return [p for name, p in layer.module.named_parameters() if p.dim() > 1 and name not in ours]
 
 
 def _filled(place: Place) -> Tensor:

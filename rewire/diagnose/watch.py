@@ -390,6 +390,7 @@ def settle(states: Collection[LayerState], run: Callable[[], Any]) -> None:
     """
     wirings = {state.wiring for state in states}
     for wiring in wirings:
+        wiring.still = True
         if any(state.learned for state in wiring.layers.values()):
             wiring.rest()
     for _ in range(4):

@@ -9,14 +9,15 @@ A layer computes ``y = W x + b``. Its weight and bias gradients are always exact
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
 from rewire import structures
 from rewire.errors import ConversionError, nearest
+from rewire.layers.form import Form
 from rewire.routing import LAYOUTS
 from rewire.rules.written import build, parse, written
 
@@ -70,6 +71,94 @@ class LocalRule(Rule):
             B, of W's shape, dtype and device.
         """
         raise NotImplementedError
+
+
+class Draw(Protocol):
+    """Random numbers for feedback, the same for the same seed, layer, ``what`` and shape."""
+
+    def normal(self, what: str, shape: tuple[int, ...]) -> Tensor:
+        """N(0, 1)."""
+
+    def orthogonal(self, what: str, shape: tuple[int, int]) -> Tensor:
+        """Orthonormal rows, or columns if there are more rows than columns."""
+
+
+class LearnedLocal(LocalRule):
+    """A local rule whose feedback is kept in the layer, beside the weight, and learns.
+
+    It keeps tensors by name. Those in ``trained`` are Parameters: in every backward they get a gradient made of the
+    weight's own, and the user's optimizer changes them. The others are buffers, which change between passes: by
+    :meth:`gather` and :meth:`learn`, or by :meth:`mirror`.
+
+    Attributes:
+        trained: names of the tensors that are Parameters.
+        watches: wants to see delta, the gradient at the layer's output, in every pass.
+        every: :meth:`mirror` runs before every that many passes; 0: only when asked for, None: never.
+    """
+
+    learns: ClassVar[bool] = True
+    random: ClassVar[bool] = False
+    uses_weight: ClassVar[bool] = False
+    trained: tuple[str, ...] = ()
+    watches: bool = False
+    every: int | None = None
+
+    def start(self, form: Form, scale: float, draw: Draw) -> dict[str, Tensor]:
+        """What is kept, as it is at the start.
+
+        Args:
+            form: of the weight.
+            scale: s, as for other local rules.
+        """
+        raise NotImplementedError
+
+    def feedback(self, kept: Mapping[str, Tensor], form: Form) -> Tensor:
+        """B, of the weight's shape."""
+        raise NotImplementedError
+
+    def follow(self, gradient: Tensor, kept: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
+        """Gradients of ``trained``.
+
+        Args:
+            gradient: the weight's own, of its shape.
+            kept: what is not in ``trained``.
+        """
+        raise NotImplementedError
+
+    def gap(self, weight: Tensor, kept: Mapping[str, Tensor], form: Form) -> Tensor | None:
+        """What weight decay alone takes away: it stays as it is if nothing decays. None: not known."""
+        return None
+
+    def gather(self, delta: Tensor, kept: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """What to add up, over passes and ranks, until it is taken in.
+
+        Args:
+            delta: (M, features), one row for each sample and position.
+            rows: which of the layer's outputs these are: all, unless another module uses a part of the weight.
+        """
+        raise NotImplementedError
+
+    def learn(self, kept: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New values of what changes.
+
+        Args:
+            sums: what :meth:`gather` gave, added up.
+        """
+        raise NotImplementedError
+
+    def mirror(
+        self, weight: Tensor, kept: Mapping[str, Tensor], form: Form, noise: Callable[[int], Tensor]
+    ) -> dict[str, Tensor]:
+        """New values of what changes, by what the layer makes of noise.
+
+        Args:
+            noise: a number of samples n -> N(0, 1) inputs, (n, form.columns).
+        """
+        raise NotImplementedError
+
+    def backward_weight(self, weight: Tensor | None, random: Tensor | None, scale: float) -> Tensor:
+        assert random is not None  # B, made by feedback()
+        return random
 
 
 class DirectRule(Rule):
