@@ -13,10 +13,10 @@ from rewire import hosts, learned, structures
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.layers.own_forward import OwnForward
-from rewire.rules import DirectRule, LocalRule, Rule, resolve
+from rewire.rules import DirectRule, LocalRule, Rule, Schedule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
-from rewire.wiring import LayerState, Role, Wiring, weight_scale
+from rewire.wiring import LayerState, Role, Wiring, parts_of, weight_scale
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -191,7 +191,8 @@ def scales(model: nn.Module) -> dict[str, float]:
 def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     """All converted layers use ``rule`` in forwards inside the block; afterwards each has its own again.
 
-    The backward of such a forward follows ``rule`` wherever it is run.
+    The backward of such a forward follows ``rule`` wherever it is run. Passes inside the block do not count for
+    schedules and feedback that learns outside of it, unless ``rule`` counts passes itself.
 
     Args:
         model: a converted model.
@@ -206,16 +207,14 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     states = [state for _, state in _states(model)]
     for state in states:
         check_rule(state.name, state.kind, chosen)
-    before = [state.rule for state in states]
+    before = [state.given for state in states]
     try:
         for state in states:
-            state.rule = chosen
-            state.refresh()
+            state.use(chosen)
         yield model
     finally:
         for state, old in zip(states, before, strict=True):
-            state.rule = old
-            state.refresh()
+            state.use(old)
 
 
 # -- parts -------------------------------------------------------------------------------------------
@@ -235,6 +234,9 @@ def _check_options(skip: object, scale: object, seed: object) -> None:
 
 
 def _check_structure(rule: Rule) -> None:
+    for part in parts_of(rule):
+        if part is not rule:
+            _check_structure(part)
     if isinstance(rule, DirectRule) and rule.feedback is not None:
         structures.resolve(rule.feedback)
 
@@ -273,7 +275,8 @@ def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float
 def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
     _check_structure(choice.rule)
     state = LayerState(choice.name, choice.kind, choice.rule, wiring, scale=given, std=given)
-    if given is None and isinstance(choice.rule, LocalRule) and not isinstance(choice.kind, OwnForward):
+    local = any(isinstance(part, LocalRule) for part in parts_of(choice.rule))
+    if given is None and local and not isinstance(choice.kind, OwnForward):
         weight = choice.kind.look(choice.module)
         if not weight.is_meta:
             state.std, state.std_note = weight_scale(weight)
@@ -281,6 +284,8 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
         state.role = Role.OUTPUT
     if choice.part or choice.within is not None:
         state.functional = True  # given to the attention's function
+    if isinstance(choice.rule, Schedule):
+        state.keep_count()
     state.refresh()
     return state
 

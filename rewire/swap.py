@@ -95,14 +95,14 @@ def _keeping(parent: Any) -> dict[str, Any]:
         return self
 
     def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        tags = [state.tag for state in states_of(self) if state.learns]
+        tags = [state.tag for state in states_of(self) if state.saves]
         learned.load(self, parent, tags, state_dict, prefix, *rest)
         for state in states_of(self):
             state.relink(self)
 
     def _save_to_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for state in states_of(self):
-            if state.learns:
+            if state.saves:
                 state.wiring.settle_if_alone()  # what the last pass has shown is a part of what was learned
                 state.count(self)
         parent._save_to_state_dict(self, *args, **kwargs)

@@ -29,7 +29,7 @@ from rewire.learned import PREFIX
 from rewire.passes import OutputError, backward_id
 from rewire.picks import Pick
 from rewire.routing import Reading, Route, route_to
-from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule
+from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule, Schedule
 from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
 
@@ -67,8 +67,9 @@ class Wiring:
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
         news: of roles and scales.
-        passed: for feedback that learns: there was a pass.
+        passed: where passes count: there was one.
         passes: how many there were.
+        frozen: passes do not count, for a look at the model that is to leave it as it is.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
@@ -98,6 +99,7 @@ class Wiring:
         self.news = False
         self.passed = False
         self.passes = 0
+        self.frozen = False
         self.looked = False
         self.certain = False
         self.bypassed: set[Tensor] = set()
@@ -119,9 +121,9 @@ class Wiring:
         conversions[self.key] = self
 
     @property
-    def learns(self) -> bool:
-        """Whether the feedback of some layer learns."""
-        return any(state.rule.learns for state in self.layers.values())
+    def counts(self) -> bool:
+        """Whether passes count: for feedback that learns, and for rules on a schedule."""
+        return not self.frozen and any(state.counts for state in self.layers.values())
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -160,7 +162,7 @@ class Wiring:
         if self.asked is not None:
             self._check_asked(state, is_output)
         if is_output:
-            if self.learns:
+            if self.counts:
                 self.passed = self.unsettled = True
             self.errors[state.name] = gradient.detach()
             if state.name not in self.outputs:
@@ -199,13 +201,19 @@ class Wiring:
         self.unsettled = False
         changed = False
         if self.passed and not self.news:
-            self.passed = False
-            changed = learning.step(self)
+            changed = self._next_pass()
         if self.news:
             self._settle_news()
         elif changed:
             for state in self.layers.values():
                 state.refresh()
+
+    def _next_pass(self) -> bool:
+        """Take in what the pass has shown to feedback that learns; then, whose turn it is by the schedules."""
+        self.passed = False
+        changed = learning.step(self)
+        turned = [state.turn() for state in self.layers.values()]
+        return changed or any(turned)
 
     def _settle_news(self) -> None:
         self.news = False
@@ -218,8 +226,7 @@ class Wiring:
         self._settle_scales()
         self._say_bypassed()
         if self.passed:  # after scales are known, and feedback drawn for good
-            self.passed = False
-            learning.step(self)
+            self._next_pass()
         for state in self.layers.values():
             state.refresh()
 
@@ -289,7 +296,8 @@ class LayerState:
     Attributes:
         name: qualified name in the converted model; "" for a model that is itself one layer.
         kind: how to run it with another backward weight, and where its features are.
-        rule: what it hands back now (changed by ``use_rule``).
+        given: its rule, or schedule of rules (changed by ``use_rule``).
+        rule: what it hands back now: the rule given, or the one whose turn it is.
         role: what passes have shown it to be.
         scale: standard deviation of the entries of a direct feedback; None while not measured.
         scale_note: where the scale comes from.
@@ -324,7 +332,8 @@ class LayerState:
     ) -> None:
         self.name = name
         self.kind = kind
-        self.rule = rule
+        self.given = rule
+        self.rule = rule.now(wiring.passes) if isinstance(rule, Schedule) else rule
         self.wiring = wiring
         self.role = Role.UNKNOWN
         self.scale = scale
@@ -414,6 +423,22 @@ class LayerState:
         """Whether the layer still waits for a pass to measure its feedback's scale."""
         return self.scale is None and not rule.silent
 
+    def use(self, rule: Rule) -> None:
+        """Hand back what ``rule`` says from now on."""
+        self.given = rule
+        self.turn()
+        self.refresh()
+
+    def turn(self) -> bool:
+        """See whose turn it is, by the schedule; whether it is another rule's now. To be followed by :meth:`refresh`."""
+        rule = self.given.now(self.wiring.passes) if isinstance(self.given, Schedule) else self.given
+        if rule is self.rule:
+            return False
+        if rule.learns or self.rule.learns:  # their B is not what other rules make of the same seed
+            self.forget_routes()
+        self.rule = rule
+        return True
+
     def refresh(self) -> None:
         """Recompute ``settled`` after role, scale or rule changed."""
         known = self.role is not Role.UNKNOWN
@@ -442,7 +467,7 @@ class LayerState:
     def _traceable(self) -> bool:
         """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
         rule = self.rule
-        if not self.wiring.looked or self.watched or rule.learns:
+        if not self.wiring.looked or self.watched or self.counts:
             return False
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
@@ -510,7 +535,8 @@ class LayerState:
     def set_scale(self, scale: float, note: str) -> None:
         """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""
         self.scale, self.scale_note = scale, note
-        self.learned = {}
+        passes = f"{self.tag}passes"
+        self.learned = {name: tensor for name, tensor in self.learned.items() if name == passes}
         self.forget_routes()
 
     # -- direct rules ------------------------------------------------------------------------------
@@ -813,6 +839,16 @@ class LayerState:
         return self.rule.learns
 
     @property
+    def counts(self) -> bool:
+        """Whether what it hands back depends on the number of the pass."""
+        return self.rule.learns or isinstance(self.given, Schedule)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the module's state holds more than its own, or would take more from a checkpoint."""
+        return self.counts or bool(self.learned)
+
+    @property
     def tag(self) -> str:
         """How the names of its learned feedback begin, among its module's buffers and parameters."""
         return PREFIX + (f"{self.kind.part}_" if self.kind.part else "")
@@ -852,6 +888,11 @@ class LayerState:
                 self.unlink()
         self.drop_copies()
 
+    def keep_count(self) -> None:
+        """From now on the number of passes is saved with the module."""
+        self.learned.setdefault(f"{self.tag}passes", torch.tensor(self.wiring.passes))
+        self.unlink()
+
     def count(self, module: nn.Module) -> None:
         """Before saving: everything is in the module, and so is the number of passes."""
         passes = self.learned.get(f"{self.tag}passes")
@@ -879,7 +920,7 @@ class LayerState:
 
     def relink(self, module: nn.Module) -> None:
         """The module's tensors may be others now: moved, cast, loaded."""
-        if not self.learns:
+        if not self.saves:
             return
         found = {name: t for name, t in module._buffers.items() if name.startswith(self.tag) and t is not None}
         if not found:
@@ -888,9 +929,10 @@ class LayerState:
         passes = found.get(f"{self.tag}passes")
         if passes is not None:
             self.wiring.passes = max(self.wiring.passes, int(passes))
-        if self.scale is None:
+        if self.scale is None and any(name.startswith(f"{self.tag}B") for name in found):
             self.scale, self.scale_note = 1.0, "learned, and loaded"
         self.forget_routes()
+        self.turn()
         self.refresh()
 
     def glance(self, context: int, features: int) -> Tensor:
@@ -925,6 +967,11 @@ class LayerState:
         if self.std is None:
             self.std, self.std_note = weight_scale(weight)
         return self.std
+
+
+def parts_of(rule: Rule) -> tuple[Rule, ...]:
+    """The rules that a layer given ``rule`` may be under."""
+    return rule.parts() if isinstance(rule, Schedule) else (rule,)
 
 
 def weight_scale(weight: Tensor) -> tuple[float, str]:

@@ -215,6 +215,8 @@ class _Verify:
                 state.wiring.settle_if_alone()
             if known and known == {name for name, state in states.items() if state.settled}:
                 break
+        for state in states.values():  # one rule and one feedback for all that follows
+            state.wiring.frozen = True
         draws = {state: state.draws for state in states.values()}
         self._again(buffers)
         ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)

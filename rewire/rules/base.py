@@ -42,6 +42,18 @@ class BP(Rule):
     """Backpropagation: ``W^T delta``, the layer's own gradient."""
 
 
+class Schedule(Rule):
+    """One rule for some passes and another for others. A layer that is given one is always under one of its parts."""
+
+    def parts(self) -> tuple[Rule, ...]:
+        """The rules it chooses from; none of them a schedule."""
+        raise NotImplementedError
+
+    def now(self, passes: int) -> Rule:
+        """The part (the same object each time) for pass number ``passes``. The first is 0."""
+        raise NotImplementedError
+
+
 class LocalRule(Rule):
     """Hands back the transpose of the layer's operation with a backward weight in place of ``W``.
 
@@ -191,7 +203,7 @@ def register_rule(name: str) -> Callable[[type[R]], type[R]]:
         raise ConversionError(f"a rule named {name!r} is registered already")
 
     def register(cls: type[R]) -> type[R]:
-        if not (isinstance(cls, type) and issubclass(cls, (LocalRule, DirectRule, BP))):
+        if not (isinstance(cls, type) and issubclass(cls, (LocalRule, DirectRule, BP, Schedule))):
             raise ConversionError(
                 f"rule {name!r} must be a subclass of rewire.LocalRule or rewire.DirectRule, not {cls!r}"
             )
@@ -213,10 +225,10 @@ def resolve(rule: str | Rule) -> Rule:
     Raises:
         ConversionError: for an unknown name or option (with the nearest right one), or something that is no rule.
     """
-    if isinstance(rule, (LocalRule, DirectRule, BP)):
+    if isinstance(rule, (LocalRule, DirectRule, BP, Schedule)):
         return rule
     if isinstance(rule, str):
-        name, options = (rule, {}) if rule in _registry else parse(rule) if "(" in rule else (rule, {})
+        name, options = (rule, {}) if rule in _registry else parse(rule, _registry) if "(" in rule else (rule, {})
         if name not in _registry:
             raise ConversionError(f"unknown rule {name!r}{nearest(name, _registry)} rules: {', '.join(_registry)}")
         made: Rule = build(name, _registry[name], options)
