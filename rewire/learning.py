@@ -167,8 +167,9 @@ def hand_back(
     assert isinstance(rule, LearnedDirect)
     e = None
     C = state.memory(index).get("C")
-    if C is not None and rule.context:
+    if C is not None or rule.watches:
         find_shapes(state, rule, errors, index, shape, dtype, device, pick)
+    if C is not None and rule.context:
         e = together(state, rule, errors, index, shape, dtype, pick)
     if rule.watches:
         gather(state, rule, errors, index, shape, None, pick, seen, dtype)
