@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewire import hosts, learned, structures
+from rewire import hosts, jvp, learned, structures
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.layers.own_forward import OwnForward
@@ -108,6 +108,8 @@ def convert(
         swap_in(module, surrogate_cls, surrogate)
     for module in model.modules():
         hosts.remove(module)
+        jvp.remove(module)
+    jvp.attach(model, [choice.rule for choice in choices], wiring)
     hosts.attach(model, {choice.module: states_of(choice.module) for choice in choices})
     return model
 
@@ -125,6 +127,7 @@ def restore(model: M) -> M:
     _take_off(model)
     for module in model.modules():
         hosts.remove(module)
+        jvp.remove(module)
     return model
 
 
@@ -208,6 +211,7 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     for state in states:
         check_rule(state.name, state.kind, chosen)
     before = [state.given for state in states]
+    probed = jvp.attach(model, [chosen], states[0].wiring)
     try:
         for state in states:
             state.use(chosen)
@@ -215,6 +219,8 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     finally:
         for state, old in zip(states, before, strict=True):
             state.use(old)
+        if probed:
+            jvp.remove(model)
 
 
 # -- parts -------------------------------------------------------------------------------------------

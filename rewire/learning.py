@@ -212,10 +212,14 @@ def gather(
             wide=wanted.detach().to(wide).reshape(len(e), -1) if whole and wanted is not None else None,
         )
         sums = rule.gather(rows)
-        so_far = state.gathered.setdefault(index, {})
-        for name, value in sums.items():
-            so_far[name] = so_far[name] + value if name in so_far else value
-        so_far["samples"] = so_far.get("samples", e.new_zeros(())) + len(e)
+        add(state, index, {**sums, "samples": e.new_full((), len(e))})
+
+
+def add(state: LayerState, index: int, sums: Sums) -> None:
+    """Add to what is gathered for one input, until the next forward takes it in."""
+    so_far = state.gathered.setdefault(index, {})
+    for name, value in sums.items():
+        so_far[name] = so_far[name] + value if name in so_far else value
 
 
 def step(wiring: Wiring) -> bool:

@@ -64,6 +64,9 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
+            probe = self.__dict__[STATE].probe
+            if probe is not None:
+                return probe.call(self.__dict__[STATE], self, parent.forward, args, kwargs)
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():

@@ -69,6 +69,8 @@ class Wiring:
         news: of roles and scales.
         passed: where passes count: there was one.
         passes: how many there were.
+        probed: the pass before which the newest forward-mode probe was taken, or considered.
+        probe_count: how many were taken, in this process.
         frozen: passes do not count, for a look at the model that is to leave it as it is.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
@@ -99,6 +101,8 @@ class Wiring:
         self.news = False
         self.passed = False
         self.passes = 0
+        self.probed = -1
+        self.probe_count = 0
         self.frozen = False
         self.looked = False
         self.certain = False
@@ -322,6 +326,7 @@ class LayerState:
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
         random_as: shape, dtype and device of R, as the last pass needed it.
         exact: for feedback that learns: what is handed back now is backprop's own gradient.
+        probe: the forward-mode probe that is under way (:mod:`rewire.jvp`).
         gathered: what passes have shown that is not taken in yet, by input.
         learned: B and whatever else its rule keeps, by the names they have in the module.
         linked: all of that is in the module.
@@ -365,6 +370,7 @@ class LayerState:
         self.fixed_outputs: tuple[str, ...] = ()
         self.random_as: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self.exact = False
+        self.probe: Any = None
         self.gathered: dict[int, dict[str, Tensor]] = {}
         self.learned: dict[str, Tensor] = {}
         self.linked = True
@@ -394,6 +400,7 @@ class LayerState:
             "observer": None,
             "busy": set(),
             "used": None,
+            "probe": None,
             "gathered": {},
             "_glance": None,
         }

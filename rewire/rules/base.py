@@ -144,17 +144,37 @@ class Rows:
     seen: Tensor | None
     wide: Tensor | None
 
+    @property
+    def run(self) -> int:
+        """How many rows of x get the feedback of one row of e."""
+        rows = self.exact if self.exact is not None else self.seen
+        return 1 if self.wide is not None or rows is None else len(rows) // max(len(self.e), 1)
+
+    def summed(self) -> Tensor:
+        """``exact`` (without it, ``seen``), one row for each row of e: of an image's elements, or summed over the run."""
+        if self.wide is not None:
+            return self.wide
+        rows = self.exact if self.exact is not None else self.seen
+        assert rows is not None
+        return rows.reshape(len(self.e), self.run, rows.shape[1]).sum(1)
+
 
 class LearnedDirect(DirectRule):
     """A direct rule whose B changes in training, by what passes show: see :mod:`rewire.learning`.
 
     Attributes:
         watches: wants the layer's input in every pass.
+        probes: wants forward-mode probes (:mod:`rewire.jvp`) before some passes.
+        together: all layers get tangents in the same probe; else one layer in each, in turn.
+        samples: how many samples of the batch a probe takes; None: all.
         context: how many numbers of the layer's own input the feedback looks at; 0: none.
     """
 
     learns: ClassVar[bool] = True
     watches: ClassVar[bool] = False
+    probes: bool = False
+    together: bool = False
+    samples: int | None = None
     context: int = 0
 
     def exact(self, passes: int) -> bool:
@@ -165,6 +185,14 @@ class LearnedDirect(DirectRule):
         """What to add up, over passes and ranks, until it is taken in."""
         raise NotImplementedError
 
+    def probe(self, passes: int) -> int | None:
+        """Number of the probe to be taken before pass number ``passes``; None: none is."""
+        return None
+
+    def observe(self, rows: Rows) -> dict[str, Tensor]:
+        """What to add up of a probe. ``rows.exact`` (and ``rows.wide``) are tangents v, ``rows.e`` is J v."""
+        raise NotImplementedError
+
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
         """The new B.
 
@@ -172,7 +200,8 @@ class LearnedDirect(DirectRule):
             B: (n, features), or (n, elements).
             memory: tensors of the rule's own to keep from one call to the next, empty at first; changed in place. Saved
                 with the model.
-            sums: what :meth:`gather` gave, added up, and ``samples``, the number of rows of e.
+            sums: what :meth:`gather` and :meth:`observe` gave, added up, and ``samples``, the number of rows of e that
+                were gathered (absent if none were).
         """
         raise NotImplementedError
 

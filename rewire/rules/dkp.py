@@ -56,10 +56,7 @@ class DKP(LearnedDirect):
         return error
 
     def gather(self, rows: Rows) -> dict[str, Tensor]:
-        assert rows.seen is not None
-        e = rows.e
-        x = rows.seen.reshape(len(e), -1, rows.seen.shape[1]).sum(1) if rows.wide is None else rows.wide
-        return {"G": e.T @ x, "size": e.norm(dim=1).sum()}
+        return {"G": rows.e.T @ rows.summed(), "size": rows.e.norm(dim=1).sum()}
 
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
         G, size = sums["G"], sums["size"]
