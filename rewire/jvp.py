@@ -218,7 +218,7 @@ def _gather(state: LayerState, index: int, v: Tensor, output: LayerState, u: Ten
         flat = learning.flat(v, state.kind.axis(v.dim()))
         whole = any(len(needed) > 2 for (_, i), needed in state.shapes.items() if i == index)
         seen = Rows(e=rows, exact=flat, seen=None, wide=v.reshape(len(rows), -1) if whole else None)
-        learning.add(state, index, rule.observe(seen))
+        learning.add(state, index, rule.observe(seen, learning.joined(state, index).to(wide)))
 
 
 def _slice(inputs: Any, samples: int) -> Any:

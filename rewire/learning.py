@@ -254,9 +254,15 @@ def _sum_over_ranks(learners: list[LayerState]) -> None:
         state.gathered[index] = {name: next(summed) for name in sorted(state.gathered[index])}
 
 
+def joined(state: LayerState, index: int) -> Tensor:
+    """B of one input, (n, features or elements), of all output layers side by side."""
+    held = [state.held(output, index) for output, i in state.shapes if i == index]
+    return torch.cat([b.flatten(1) for b in held])
+
+
 def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> None:
     held = [state.held(output, index) for output, i in state.shapes if i == index]
-    B = torch.cat([b.flatten(1) for b in held]).to(next(iter(sums.values())).dtype)
+    B = joined(state, index).to(next(iter(sums.values())).dtype)
     memory = state.memory(index)
     made = rule.learn(B, memory, sums)
     for b, part in zip(held, torch.split(made, [len(b) for b in held]), strict=True):

@@ -189,8 +189,13 @@ class LearnedDirect(DirectRule):
         """Number of the probe to be taken before pass number ``passes``; None: none is."""
         return None
 
-    def observe(self, rows: Rows) -> dict[str, Tensor]:
-        """What to add up of a probe. ``rows.exact`` (and ``rows.wide``) are tangents v, ``rows.e`` is J v."""
+    def observe(self, rows: Rows, B: Tensor) -> dict[str, Tensor]:
+        """What to add up of a probe.
+
+        Args:
+            rows: ``exact`` (and ``wide``) are tangents v at the layer's input, ``e`` is J v at the outputs.
+            B: (n, features), or (n, elements).
+        """
         raise NotImplementedError
 
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:

@@ -19,8 +19,8 @@ class Grape(LearnedDirect):
     def __init__(
         self,
         *,
-        every: int = 2,
-        lr: float = 0.1,
+        every: int = 1,
+        lr: float = 0.2,
         anchor: int = 100,
         together: bool = False,
         samples: int | None = None,
@@ -43,7 +43,7 @@ class Grape(LearnedDirect):
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         return error
 
-    def observe(self, rows: Rows) -> dict[str, Tensor]:
+    def observe(self, rows: Rows, B: Tensor) -> dict[str, Tensor]:
         return {"J": rows.e.T @ rows.summed()}
 
     def gather(self, rows: Rows) -> dict[str, Tensor]:
