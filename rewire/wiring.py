@@ -401,7 +401,6 @@ class LayerState:
             "busy": set(),
             "used": None,
             "probe": None,
-            "gathered": {},
             "_glance": None,
         }
 

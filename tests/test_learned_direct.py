@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +11,7 @@ import rewire
 from rewire.feedback import quick_normal
 from rewire.rules.dkp import DKP
 from rewire.rules.grape import Grape
-from tests.rule_checks import numpy, parameters, used_feedback
+from tests.rule_checks import parameters, used_feedback
 
 TOL = 1e-8
 LR = 0.3
@@ -99,6 +96,13 @@ def check_weights(model, ours):
         np.testing.assert_allclose(p[f"{i}.bias"], b, atol=TOL, rtol=0)
 
 
+def drawn(model, x, **options):
+    """Feedback as it is before anything has been learned: that of dfa."""
+    rewire.convert(model, "dfa", **options)
+    model(x).sum().backward()
+    return used_feedback(model)
+
+
 # -- dkp -----------------------------------------------------------------------------------------------
 
 
@@ -113,9 +117,8 @@ def test_dkp_against_its_equation(normalise):
         xs, y = ours.forward(x.numpy())
         e = ours.error(y, labels.numpy())
         torch_step(model, optimizer, x, labels)
-        if B is None:  # as drawn: the shape is known now; what this pass shows is taken in by the next forward
-            drawn = copy.deepcopy(model)  # a copy has not gathered anything
-            used = used_feedback(drawn)
+        if B is None:
+            used = drawn(mlp(), x, scale=0.3)
             B = {1: used["2"], 2: used["4"]}
         ours.step(xs, e, B)
         check_weights(model, ours)
@@ -137,7 +140,7 @@ def test_dkp_of_images_and_channels():
         rewire.convert(model, DKP(lr=0.5, decay=0.0, normalise=False, feedback=feedback), scale=0.3)
         ((x, labels),) = batches(1, (5, 2, 4, 4))
         nn.functional.cross_entropy(model(x), labels).backward()
-        before = used_feedback(copy.deepcopy(model))["2"]
+        before = drawn(cnn(), x, scale=0.3, feedback=feedback)["2"]
         e = rewire.output_error(model).numpy()
         after = used_feedback(model)["2"]
         h = torch.tanh(model[0](x)).detach().numpy()
@@ -167,7 +170,7 @@ def test_dkp_of_a_sequence_has_one_b_for_all_positions():
     rewire.convert(model, DKP(lr=0.5, decay=0.0, normalise=False), scale=0.3)
     ((x, labels),) = batches(1, (5, 7, 3))
     nn.functional.cross_entropy(model(x), labels).backward()
-    before = used_feedback(copy.deepcopy(model))["two"]
+    before = drawn(Tokens().double(), x, scale=0.3)["two"]
     e = rewire.output_error(model).numpy()
     h = torch.tanh(model.one(x)).detach().numpy()
     expected = before - 0.5 * sum(np.outer(e[s], h[s, t]) for s in range(5) for t in range(7))
@@ -236,7 +239,7 @@ def test_grape_against_its_equations(every, together):
                     J[at] += np.outer(u, v[at][s])
         torch_step(model, optimizer, x, labels)
         if B is None:
-            used = used_feedback(copy.deepcopy(model))
+            used = drawn(mlp(), x, scale=0.3, output="4")
             B = {at: used[name] for at, name in names.items()}
         anchor = passes % 4 == 0
         exact = {}
