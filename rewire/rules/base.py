@@ -18,6 +18,7 @@ from torch import Tensor
 from rewire import structures
 from rewire.errors import ConversionError, nearest
 from rewire.routing import LAYOUTS
+from rewire.rules import plugins
 from rewire.rules.written import build, parse, written
 
 
@@ -249,8 +250,25 @@ def register_rule(name: str) -> Callable[[type[R]], type[R]]:
 
 
 def rules() -> tuple[str, ...]:
-    """Names of all rules, in the order they were registered."""
-    return tuple(_registry)
+    """Names of all rules, in the order they were registered; then those that other packages ship."""
+    return (*_registry, *(name for name in plugins.found() if name not in _registry))
+
+
+def _known(name: str) -> bool:
+    """Whether a rule is registered by that name, now that a package which ships one has been asked for it."""
+    if name in _registry:
+        return True
+    if name not in plugins.found():
+        return False
+    shipped = plugins.load(name)
+    if name not in _registry:  # its class has not been registered by a decorator
+        try:
+            if isinstance(shipped, type) and issubclass(shipped, Rule) and shipped.name in _registry:
+                raise ConversionError(f"its class is registered as {shipped.name!r}")
+            register_rule(name)(shipped)  # type: ignore[type-var]
+        except ConversionError as problem:
+            raise ConversionError(f"rule {name!r} is shipped by {plugins.where(name)}: {problem}") from None
+    return True
 
 
 def resolve(rule: str | Rule) -> Rule:
@@ -262,9 +280,9 @@ def resolve(rule: str | Rule) -> Rule:
     if isinstance(rule, (LocalRule, DirectRule, BP, Schedule)):
         return rule
     if isinstance(rule, str):
-        name, options = (rule, {}) if rule in _registry else parse(rule, _registry) if "(" in rule else (rule, {})
-        if name not in _registry:
-            raise ConversionError(f"unknown rule {name!r}{nearest(name, _registry)} rules: {', '.join(_registry)}")
+        name, options = parse(rule, rules()) if "(" in rule else (rule, {})
+        if not _known(name):
+            raise ConversionError(f"unknown rule {name!r}{nearest(name, rules())} rules: {', '.join(rules())}")
         made: Rule = build(name, _registry[name], options)
         return made
     if isinstance(rule, type) and issubclass(rule, Rule):
