@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewire import following, hosts, learned, structures
+from rewire import following, hosts, jvp, learned, structures
 from rewire.arguments import check_model
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.guard import MODES, Guard
 from rewire.layers.own_forward import OwnForward
-from rewire.rules import DirectRule, LearnedDirect, LearnedLocal, LocalRule, Rule, resolve
+from rewire.rules import DirectRule, LearnedDirect, LearnedLocal, LocalRule, Rule, Schedule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
-from rewire.wiring import LayerState, Role, Wiring, weight_scale
+from rewire.wiring import LayerState, Role, Wiring, parts_of, weight_scale
 
 M = TypeVar("M", bound=nn.Module)
 _LARGEST = sys.float_info.max
@@ -105,7 +105,8 @@ def convert(
         surrogates = _surrogates(model, {} if derivative is None else derivative, choices)
         shared = following.shared_weights(model)
         for choice, state in zip(choices, states, strict=True):
-            state.learner = following.learner_for(state, choice.module, choice.rule, shared)
+            for part in parts_of(choice.rule):
+                state.learner = state.learner or following.learner_for(state, choice.module, part, shared)
             state.refresh()
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
@@ -126,6 +127,8 @@ def convert(
         swap_in(module, surrogate_cls, surrogate)
     for module in model.modules():
         hosts.remove(module)
+        jvp.remove(module)
+    jvp.attach(model, [choice.rule for choice in choices], wiring)
     hosts.attach(model, {choice.module: states_of(choice.module) for choice in choices})
     return model
 
@@ -144,6 +147,7 @@ def restore(model: M) -> M:
     _take_off(model)
     for module in model.modules():
         hosts.remove(module)
+        jvp.remove(module)
     return model
 
 
@@ -245,7 +249,8 @@ def mirror(model: M, steps: int = 1000) -> dict[str, float]:
 def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     """All converted layers use ``rule`` in forwards inside the block; afterwards each has its own again.
 
-    The backward of such a forward follows ``rule`` wherever it is run.
+    The backward of such a forward follows ``rule`` wherever it is run. Passes inside the block do not count for
+    schedules and feedback that learns outside of it, unless ``rule`` counts passes itself.
 
     Args:
         model: a converted model.
@@ -261,24 +266,28 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     for state in states:
         check_rule(state.name, state.kind, chosen)
         _check_learns(state, chosen)
-        if isinstance(chosen, LearnedLocal) and (state.learner is None or repr(state.learner.rule) != repr(chosen)):
-            raise ConversionError(
-                f"layer {state.label} has no feedback that {chosen!r} could use: it learns, and is made by "
-                f"convert(model, {repr(chosen)!r})"
-            )
-    before = [state.rule for state in states]
+        for part in parts_of(chosen):
+            if isinstance(part, LearnedLocal) and (state.learner is None or repr(state.learner.rule) != repr(part)):
+                raise ConversionError(
+                    f"layer {state.label} has no feedback that {part!r} could use: it learns, and is made by "
+                    f"convert(model, {repr(part)!r})"
+                )
+    before = [state.given for state in states]
     wirings = dict.fromkeys(state.wiring for state in states)
+    probed = jvp.attach(model, [chosen], states[0].wiring)
     try:
         for state in states:
-            state.rule = chosen
+            state.use(chosen)
         for wiring in wirings:
             wiring.refresh()
         yield model
     finally:
         for state, old in zip(states, before, strict=True):
-            state.rule = old
+            state.use(old)
         for wiring in wirings:
             wiring.refresh()
+        if probed:
+            jvp.remove(model)
 
 
 # -- parts -------------------------------------------------------------------------------------------
@@ -301,19 +310,22 @@ def _check_options(skip: object, scale: object, seed: object, on_nonfinite: obje
 
 
 def _check_structure(rule: Rule) -> None:
+    for part in parts_of(rule):
+        if part is not rule:
+            _check_structure(part)
     if isinstance(rule, DirectRule) and rule.feedback is not None:
         structures.resolve(rule.feedback)
 
 
 def _check_learns(state: LayerState, rule: Rule | None = None) -> None:
     """Feedback that learns is a matrix of its own, not one that structures make."""
-    rule = state.rule if rule is None else rule
-    structure = state.structure(rule)
-    if isinstance(rule, LearnedDirect) and not isinstance(structure, structures.Dense):
-        raise ConversionError(
-            f"layer {state.label}: {rule!r} learns all of B, which feedback {structure!r} does not keep: use 'dense', "
-            "'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
-        )
+    for part in parts_of(state.given if rule is None else rule):
+        structure = state.structure(part)
+        if isinstance(part, LearnedDirect) and not isinstance(structure, structures.Dense):
+            raise ConversionError(
+                f"layer {state.label}: {part!r} learns all of B, which feedback {structure!r} does not keep: use 'dense', "
+                "'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
+            )
 
 
 def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -353,7 +365,8 @@ def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float
 def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
     _check_structure(choice.rule)
     state = LayerState(choice.name, choice.kind, choice.rule, wiring, scale=given, std=given)
-    if given is None and isinstance(choice.rule, LocalRule) and not isinstance(choice.kind, OwnForward):
+    local = any(isinstance(part, LocalRule) for part in parts_of(choice.rule))
+    if given is None and local and not isinstance(choice.kind, OwnForward):
         weight = choice.kind.look(choice.module)
         if not weight.is_meta:
             state.std, state.std_note = weight_scale(weight)
@@ -362,6 +375,8 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
     _check_learns(state)
     if choice.part or choice.within is not None:
         state.functional = True  # given to the attention's function
+    if isinstance(choice.rule, Schedule):
+        state.keep_count()
     state.refresh()
     return state
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
+from torch.autograd.forward_ad import make_dual, unpack_dual
 
 from rewire.errors import PassError
 from rewire.swap import STATE, derive
@@ -55,10 +56,17 @@ def surrogate_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, a: Tensor) -> Tensor:
         parent: Any = super(cls, self)
         y: Tensor
+        state: DerivativeState
+        tangent = unpack_dual(a).tangent if forward_ad._current_level >= 0 else None
+        if tangent is not None:  # forward mode (rewire.jvp) goes by the same derivative
+            state = self.__dict__[STATE]
+            primal = unpack_dual(a).primal
+            y = parent.forward(primal.clone() if getattr(self, "inplace", False) else primal)
+            return make_dual(y, tangent * state.derivative(primal))
         if not (torch.is_grad_enabled() and a.requires_grad):
             y = parent.forward(a)
             return y
-        state: DerivativeState = self.__dict__[STATE]
+        state = self.__dict__[STATE]
         with torch.no_grad():
             # An in-place activation would overwrite the a that the derivative is taken at.
             y = parent.forward(a.clone() if getattr(self, "inplace", False) else a.detach())

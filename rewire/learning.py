@@ -167,8 +167,9 @@ def hand_back(
     assert isinstance(rule, LearnedDirect)
     e = None
     C = state.memory(index).get("C")
-    if C is not None and rule.context:
+    if C is not None or rule.watches:
         find_shapes(state, rule, errors, index, shape, dtype, device, pick)
+    if C is not None and rule.context:
         e = together(state, rule, errors, index, shape, dtype, pick)
     if rule.watches and not state.wiring.rests:
         gather(state, rule, errors, index, shape, None, pick, seen, dtype)
@@ -211,10 +212,14 @@ def gather(
             wide=wanted.detach().to(wide).reshape(len(e), -1) if whole and wanted is not None else None,
         )
         sums = rule.gather(rows)
-        so_far = state.gathered.setdefault(index, {})
-        for name, value in sums.items():
-            so_far[name] = so_far[name] + value if name in so_far else value
-        so_far["samples"] = so_far.get("samples", e.new_zeros(())) + len(e)
+        add(state, index, {**sums, "samples": e.new_full((), len(e))})
+
+
+def add(state: LayerState, index: int, sums: Sums) -> None:
+    """Add to what is gathered for one input, until the next forward takes it in."""
+    so_far = state.gathered.setdefault(index, {})
+    for name, value in sums.items():
+        so_far[name] = so_far[name] + value if name in so_far else value
 
 
 def step(wiring: Wiring) -> bool:
@@ -226,8 +231,10 @@ def step(wiring: Wiring) -> bool:
     wiring.passes += 1
     learners = [state for state in wiring.layers.values() if isinstance(state.rule, LearnedDirect)]
     _sum_over_ranks(learners, wiring.groups)
-    samples = [sums["samples"] for state in learners if state.exact for sums in state.gathered.values()]
-    wiring.probed = wiring.probed + max(int(number) for number in samples) if samples else 0
+    samples = [
+        sums["samples"] for state in learners if state.exact for sums in state.gathered.values() if "samples" in sums
+    ]
+    wiring.sampled = wiring.sampled + max(int(number) for number in samples) if samples else 0
     for state in learners:
         rule = state.rule
         assert isinstance(rule, LearnedDirect)
@@ -237,7 +244,7 @@ def step(wiring: Wiring) -> bool:
     changed = False
     for state in learners:
         assert isinstance(state.rule, LearnedDirect)
-        exact = not wiring.rests and state.rule.exact(wiring.passes, wiring.probed)
+        exact = not wiring.rests and state.rule.exact(wiring.passes, wiring.sampled)
         changed |= exact != state.exact
         state.exact = exact
     return changed
@@ -251,6 +258,12 @@ def _sum_over_ranks(learners: list[LayerState], groups: Groups) -> None:
         state.gathered[index] = {name: next(summed) for name in sorted(state.gathered[index])}
 
 
+def joined(state: LayerState, index: int) -> Tensor:
+    """B of one input, (n, features or elements), of all output layers side by side."""
+    held = [state.held(output, index) for output, i in state.shapes if i == index]
+    return torch.cat([b.flatten(1) for b in held])
+
+
 def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> None:
     if not all(bool(value.isfinite().all()) for value in sums.values()):
         state.wiring.warn_once(
@@ -260,7 +273,7 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
         )
         return
     held = [state.held(output, index) for output, i in state.shapes if i == index]
-    B = torch.cat([b.flatten(1) for b in held]).to(next(iter(sums.values())).dtype)
+    B = joined(state, index).to(next(iter(sums.values())).dtype)
     memory = state.memory(index)
     made = rule.learn(B, memory, sums)
     for b, part in zip(held, torch.split(made, [len(b) for b in held]), strict=True):

@@ -14,7 +14,7 @@ from rewire.errors import ConversionError, nearest
 from rewire.layers.block import Block
 from rewire.layers.kinds import Kind
 from rewire.layers.registry import kind_of, stand_in
-from rewire.rules import BP, DirectRule, LocalRule, Rule, resolve
+from rewire.rules import BP, DirectRule, LocalRule, Rule, Schedule, resolve
 
 RuleLike = str | Rule
 Pattern = str | type[nn.Module]
@@ -175,11 +175,14 @@ def _check(choice: Choice) -> None:
         )
     if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
         raise ConversionError(f"layer {name!r} is lazy and has no shape yet: run one forward before converting")
-    assert isinstance(choice.rule, (BP, LocalRule, DirectRule))
+    assert isinstance(choice.rule, (BP, LocalRule, DirectRule, Schedule))
 
 
 def check_rule(name: str, kind: Kind, rule: Rule) -> None:
     """Refuse a local rule where there is no weight it could replace."""
+    if isinstance(rule, Schedule):
+        for part in rule.parts():
+            check_rule(name, kind, part)
     if isinstance(rule, LocalRule) and not kind.local:
         raise ConversionError(
             f"{name!r} is fed back as one block, which has no single weight for the local rule {rule!r} to replace: "

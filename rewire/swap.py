@@ -64,6 +64,9 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
+            probe = self.__dict__[STATE].probe
+            if probe is not None:
+                return probe.call(self.__dict__[STATE], self, parent.forward, args, kwargs)
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():
@@ -98,7 +101,7 @@ def _keeping(parent: Any) -> dict[str, Any]:
 
     def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         states = states_of(self)
-        tags = [state.tag for state in states if state.learns and state.learner is None]
+        tags = [state.tag for state in states if state.saves and state.learner is None]
         learned.load(self, parent, tags, state_dict, prefix, *rest)
         for state in states:
             state.relink(self)
@@ -107,7 +110,7 @@ def _keeping(parent: Any) -> dict[str, Any]:
 
     def _save_to_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for state in states_of(self):
-            if state.learns or state.learner is not None:
+            if state.saves or state.learner is not None:
                 state.wiring.settle_if_alone()  # what the last pass has shown is a part of what was learned
                 state.count(self)
         parent._save_to_state_dict(self, *args, **kwargs)

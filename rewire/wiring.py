@@ -31,7 +31,7 @@ from rewire.learned import PREFIX
 from rewire.passes import OutputError, backward_id
 from rewire.picks import Pick
 from rewire.routing import Reading, Route, route_to
-from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule
+from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule, Schedule
 from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
 
@@ -70,10 +70,12 @@ class Wiring:
         unsettled: a pass has shown something that the next forward has to take in.
         guard: looks at gradients that arrive at layers, if ``on_nonfinite`` asked for it.
         news: of roles and scales.
-        passed: for feedback that learns: there was a pass.
+        passed: where passes count: there was one.
         passes: how many there were.
-        probed: samples shown by those of them, up to the newest, that were handed back exactly without a break.
-        rests: nothing is learned now, and no pass is handed back exactly to learn from.
+        sampled: samples shown by those of them, up to the newest, that were handed back exactly without a break.
+        rests: nothing is learned now, and passes do not count: for a look at the model that is to leave it as it is.
+        probed: the pass before which the newest forward-mode probe was taken, or considered.
+        probe_count: how many were taken, in this process.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         compiled: some of its calls have been part of a compiled graph, which reads what :meth:`prepare` makes.
@@ -114,8 +116,10 @@ class Wiring:
         self.news = False
         self.passed = False
         self.passes = 0
-        self.probed = 0
+        self.sampled = 0
         self.rests = False
+        self.probed = -1
+        self.probe_count = 0
         self.looked = False
         self.compiled = False
         self.prepared = False
@@ -154,9 +158,9 @@ class Wiring:
             state.refresh()
 
     @property
-    def learns(self) -> bool:
-        """Whether the feedback of some layer learns."""
-        return any(state.rule.learns for state in self.layers.values())
+    def counts(self) -> bool:
+        """Whether passes count: for feedback that learns, and for rules on a schedule."""
+        return not self.rests and any(state.counts for state in self.layers.values())
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -218,7 +222,7 @@ class Wiring:
         if self.asked is not None:
             self._check_asked(state, is_output)
         if is_output:
-            if self.learns and not self.rests:
+            if self.counts:
                 self.passed = self.unsettled = True
             self.errors[state.name] = gradient.detach()
             if state.name not in self.outputs:
@@ -269,12 +273,18 @@ class Wiring:
         if self.passed:
             following.step(self)
         if self.passed and not self.news:
-            self.passed = False
-            changed = learning.step(self)
+            changed = self._next_pass()
         if self.news:
             self._settle_news()
         elif changed:
             self.refresh()
+
+    def _next_pass(self) -> bool:
+        """Take in what the pass has shown to feedback that learns; then, whose turn it is by the schedules."""
+        self.passed = False
+        changed = learning.step(self)
+        turned = [state.turn() for state in self.layers.values()]
+        return changed or any(turned)
 
     def _settle_news(self) -> None:
         self.news = False
@@ -287,8 +297,7 @@ class Wiring:
         self._settle_scales()
         self._say_bypassed()
         if self.passed:  # after scales are known, and feedback drawn for good
-            self.passed = False
-            learning.step(self)
+            self._next_pass()
         self.refresh()
 
     def refresh(self) -> None:
@@ -427,7 +436,8 @@ class LayerState:
     Attributes:
         name: qualified name in the converted model; "" for a model that is itself one layer.
         kind: how to run it with another backward weight, and where its features are.
-        rule: what it hands back now (changed by ``use_rule``).
+        given: its rule, or schedule of rules (changed by ``use_rule``).
+        rule: what it hands back now: the rule given, or the one whose turn it is.
         role: what passes have shown it to be.
         scale: standard deviation of the entries of a direct feedback; None while not measured.
         scale_note: where the scale comes from.
@@ -457,6 +467,7 @@ class LayerState:
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
         random_as: shape, dtype and device of R, as the last pass needed it.
         exact: for feedback that learns: what is handed back now is backprop's own gradient.
+        probe: the forward-mode probe that is under way (:mod:`rewire.jvp`).
         gathered: what passes have shown that is not taken in yet, by input.
         learned: B and whatever else its rule keeps, by the names they have in the module.
         linked: all of that is in the module.
@@ -468,7 +479,8 @@ class LayerState:
     ) -> None:
         self.name = name
         self.kind = kind
-        self.rule = rule
+        self.given = rule
+        self.rule = rule.now(wiring.passes) if isinstance(rule, Schedule) else rule
         self.wiring = wiring
         self.role = Role.UNKNOWN
         self.scale = scale
@@ -505,6 +517,7 @@ class LayerState:
         self.fixed_outputs: tuple[str, ...] = ()
         self.random_as: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self.exact = False
+        self.probe: Any = None
         self.gathered: dict[int, dict[str, Tensor]] = {}
         self.learned: dict[str, Tensor] = {}
         self.linked = True
@@ -535,7 +548,7 @@ class LayerState:
             "observer": None,
             "busy": set(),
             "used": None,
-            "gathered": {},
+            "probe": None,
             "_glance": None,
         }
 
@@ -564,6 +577,22 @@ class LayerState:
         """Whether the layer still waits for a pass to measure its feedback's scale."""
         return self.scale is None and not rule.silent
 
+    def use(self, rule: Rule) -> None:
+        """Hand back what ``rule`` says from now on."""
+        self.given = rule
+        self.turn()
+        self.refresh()
+
+    def turn(self) -> bool:
+        """See whose turn it is, by the schedule; whether it is another rule's now. To be followed by :meth:`refresh`."""
+        rule = self.given.now(self.wiring.passes) if isinstance(self.given, Schedule) else self.given
+        if rule is self.rule:
+            return False
+        if rule.learns or self.rule.learns:  # their B is not what other rules make of the same seed
+            self.forget_routes()
+        self.rule = rule
+        return True
+
     def refresh(self) -> None:
         """Recompute ``settled`` after role, scale or rule changed."""
         known = self.role is not Role.UNKNOWN
@@ -571,7 +600,7 @@ class LayerState:
         rule = self.rule
         learns = isinstance(rule, LearnedDirect)
         wiring = self.wiring
-        self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes, wiring.probed)
+        self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes, wiring.sampled)
         self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
@@ -601,7 +630,7 @@ class LayerState:
     def _traceable(self) -> bool:
         """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
         rule = self.rule
-        if not self.wiring.looked or self.watched or rule.learns:
+        if not self.wiring.looked or self.watched or self.counts:
             return False
         if self.wiring.guard is not None or self.learner is not None:
             return False
@@ -694,7 +723,8 @@ class LayerState:
     def set_scale(self, scale: float, note: str) -> None:
         """Fix the scale. Feedback drawn with unit scale is drawn again, so that copies have the same bits."""
         self.scale, self.scale_note = scale, note
-        self.learned = {}
+        passes = f"{self.tag}passes"
+        self.learned = {name: tensor for name, tensor in self.learned.items() if name == passes}
         self.forget_routes()
 
     # -- direct rules ------------------------------------------------------------------------------
@@ -1020,6 +1050,16 @@ class LayerState:
         return self.rule.learns
 
     @property
+    def counts(self) -> bool:
+        """Whether what it hands back depends on the number of the pass."""
+        return self.rule.learns or isinstance(self.given, Schedule)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the module's state holds more than its own, or would take more from a checkpoint."""
+        return self.counts or bool(self.learned)
+
+    @property
     def tag(self) -> str:
         """How the names of its learned feedback begin, among its module's buffers and parameters."""
         return PREFIX + (f"{self.kind.part}_" if self.kind.part else "")
@@ -1059,8 +1099,13 @@ class LayerState:
                 self.unlink()
         self.drop_copies()
 
+    def keep_count(self) -> None:
+        """From now on the number of passes is saved with the module."""
+        self.learned.setdefault(f"{self.tag}passes", self._counts())
+        self.unlink()
+
     def _counts(self) -> Tensor:
-        return torch.tensor([self.wiring.passes, self.wiring.probed])
+        return torch.tensor([self.wiring.passes, self.wiring.sampled])
 
     def count(self, module: nn.Module) -> None:
         """Before saving: everything is in the module, and so is the number of passes."""
@@ -1092,7 +1137,7 @@ class LayerState:
 
     def relink(self, module: nn.Module) -> None:
         """The module's tensors may be others now: moved, cast, loaded."""
-        if not isinstance(self.rule, LearnedDirect):
+        if not self.saves or self.learner is not None:
             return
         found = {name: t for name, t in module._buffers.items() if name.startswith(self.tag) and t is not None}
         if not found:
@@ -1100,10 +1145,11 @@ class LayerState:
         self.learned = found
         passes = found.get(f"{self.tag}passes")
         if passes is not None:
-            self.wiring.passes, self.wiring.probed = (int(number) for number in passes)
-        if self.scale is None:
+            self.wiring.passes, self.wiring.sampled = (int(number) for number in passes)
+        if self.scale is None and any(name.startswith(f"{self.tag}B") for name in found):
             self.scale, self.scale_note = 1.0, "learned, and loaded"
         self.forget_routes()
+        self.turn()
         self.refresh()
 
     def glance(self, context: int, features: int) -> Tensor:
@@ -1152,6 +1198,11 @@ def root_mean_square(tensors: Iterable[Tensor]) -> float:
             total += float(torch.linalg.vector_norm(t.detach(), dtype=dtype)) ** 2
             count += t.numel()
     return math.sqrt(total / count) if count else 0.0
+
+
+def parts_of(rule: Rule) -> tuple[Rule, ...]:
+    """The rules that a layer given ``rule`` may be under."""
+    return rule.parts() if isinstance(rule, Schedule) else (rule,)
 
 
 def weight_scale(weight: Tensor) -> tuple[float, str]:

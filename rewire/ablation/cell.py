@@ -35,10 +35,15 @@ class Cell:
 
     def __post_init__(self) -> None:
         # rewire.rules is asked here, not at import, so that rules registered later count.
-        from rewire import rules
+        from rewire import ConversionError, rules
+        from rewire.rules import resolve
 
         one_of("model", self.model, models.names())
-        one_of("rule", self.rule, rules())
+        try:
+            resolve(self.rule)  # with its options, if it has any
+        except ConversionError as problem:
+            one_of("rule", self.rule.partition("(")[0], rules())
+            raise InputError(str(problem)) from None
         one_of("data set", self.data, data.names())
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)

@@ -1,6 +1,7 @@
 """What a layer hands back to its input: one small class per rule, beside its equation and source."""
 
-from rewire.rules import direct, fitted, learned_local, local  # noqa: F401  (importing registers the built-in rules)
+# Importing registers the built-in rules.
+from rewire.rules import direct, dkp, fitted, grape, learned_local, local, schedule  # noqa: F401
 from rewire.rules.base import (
     BP,
     DirectRule,
@@ -8,6 +9,7 @@ from rewire.rules.base import (
     LearnedLocal,
     LocalRule,
     Rule,
+    Schedule,
     register_rule,
     resolve,
     rules,
@@ -20,6 +22,7 @@ __all__ = [
     "LearnedLocal",
     "LocalRule",
     "Rule",
+    "Schedule",
     "register_rule",
     "resolve",
     "rules",

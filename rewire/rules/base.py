@@ -19,6 +19,7 @@ from rewire import structures
 from rewire.errors import ConversionError, nearest
 from rewire.layers.form import Form
 from rewire.routing import LAYOUTS
+from rewire.rules import plugins
 from rewire.rules.written import build, parse, written
 
 
@@ -41,6 +42,18 @@ class Rule:
 
 class BP(Rule):
     """Backpropagation: ``W^T delta``, the layer's own gradient."""
+
+
+class Schedule(Rule):
+    """One rule for some passes and another for others. A layer that is given one is always under one of its parts."""
+
+    def parts(self) -> tuple[Rule, ...]:
+        """The rules it chooses from; none of them a schedule."""
+        raise NotImplementedError
+
+    def now(self, passes: int) -> Rule:
+        """The part (the same object each time) for pass number ``passes``. The first is 0."""
+        raise NotImplementedError
 
 
 class LocalRule(Rule):
@@ -221,30 +234,63 @@ class Rows:
     seen: Tensor | None
     wide: Tensor | None
 
+    @property
+    def run(self) -> int:
+        """How many rows of x get the feedback of one row of e."""
+        rows = self.exact if self.exact is not None else self.seen
+        return 1 if self.wide is not None or rows is None else len(rows) // max(len(self.e), 1)
+
+    def summed(self) -> Tensor:
+        """``exact`` (without it, ``seen``), one row for each row of e: of an image's elements, or summed over the run."""
+        if self.wide is not None:
+            return self.wide
+        rows = self.exact if self.exact is not None else self.seen
+        assert rows is not None
+        return rows.reshape(len(self.e), self.run, rows.shape[1]).sum(1)
+
 
 class LearnedDirect(DirectRule):
     """A direct rule whose B changes in training, by what passes show: see :mod:`rewire.learning`.
 
     Attributes:
         watches: wants the layer's input in every pass.
+        probes: wants forward-mode probes (:mod:`rewire.jvp`) before some passes.
+        together: all layers get tangents in the same probe; else one layer in each, in turn.
+        samples: how many samples of the batch a probe takes; None: all.
         context: how many numbers of the layer's own input the feedback looks at; 0: none.
     """
 
     learns: ClassVar[bool] = True
     watches: ClassVar[bool] = False
+    probes: bool = False
+    together: bool = False
+    samples: int | None = None
     context: int = 0
 
-    def exact(self, passes: int, probed: int) -> bool:
+    def exact(self, passes: int, sampled: int) -> bool:
         """Whether the next pass is handed back exactly, as under ``bp``.
 
         Args:
             passes: its number; the first is 0.
-            probed: samples that the exact passes right before it have shown; 0 if the last was not exact.
+            sampled: samples that the exact passes right before it have shown; 0 if the last was not exact.
         """
         return False
 
     def gather(self, rows: Rows) -> dict[str, Tensor]:
         """What to add up, over passes and ranks, until it is taken in."""
+        raise NotImplementedError
+
+    def probe(self, passes: int) -> int | None:
+        """Number of the probe to be taken before pass number ``passes``; None: none is."""
+        return None
+
+    def observe(self, rows: Rows, B: Tensor) -> dict[str, Tensor]:
+        """What to add up of a probe.
+
+        Args:
+            rows: ``exact`` (and ``wide``) are tangents v at the layer's input, ``e`` is J v at the outputs.
+            B: (n, features), or (n, elements).
+        """
         raise NotImplementedError
 
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
@@ -254,7 +300,8 @@ class LearnedDirect(DirectRule):
             B: (n, features), or (n, elements).
             memory: tensors of the rule's own to keep from one call to the next, empty at first; changed in place. Saved
                 with the model.
-            sums: what :meth:`gather` gave, added up, and ``samples``, the number of rows of e.
+            sums: what :meth:`gather` and :meth:`observe` gave, added up, and ``samples``, the number of rows of e that
+                were gathered (absent if none were).
         """
         raise NotImplementedError
 
@@ -285,7 +332,7 @@ def register_rule(name: str) -> Callable[[type[R]], type[R]]:
         raise ConversionError(f"a rule named {name!r} is registered already")
 
     def register(cls: type[R]) -> type[R]:
-        if not (isinstance(cls, type) and issubclass(cls, (LocalRule, DirectRule, BP))):
+        if not (isinstance(cls, type) and issubclass(cls, (LocalRule, DirectRule, BP, Schedule))):
             raise ConversionError(
                 f"rule {name!r} must be a subclass of rewire.LocalRule or rewire.DirectRule, not {cls!r}"
             )
@@ -297,8 +344,25 @@ def register_rule(name: str) -> Callable[[type[R]], type[R]]:
 
 
 def rules() -> tuple[str, ...]:
-    """Names of all rules, in the order they were registered."""
-    return tuple(_registry)
+    """Names of all rules, in the order they were registered; then those that other packages ship."""
+    return (*_registry, *(name for name in plugins.found() if name not in _registry))
+
+
+def _known(name: str) -> bool:
+    """Whether a rule is registered by that name, now that a package which ships one has been asked for it."""
+    if name in _registry:
+        return True
+    if name not in plugins.found():
+        return False
+    shipped = plugins.load(name)
+    if name not in _registry:  # its class has not been registered by a decorator
+        try:
+            if isinstance(shipped, type) and issubclass(shipped, Rule) and shipped.name in _registry:
+                raise ConversionError(f"its class is registered as {shipped.name!r}")
+            register_rule(name)(shipped)  # type: ignore[type-var]
+        except ConversionError as problem:
+            raise ConversionError(f"rule {name!r} is shipped by {plugins.where(name)}: {problem}") from None
+    return True
 
 
 def resolve(rule: str | Rule) -> Rule:
@@ -307,12 +371,12 @@ def resolve(rule: str | Rule) -> Rule:
     Raises:
         ConversionError: for an unknown name or option (with the nearest right one), or something that is no rule.
     """
-    if isinstance(rule, (LocalRule, DirectRule, BP)):
+    if isinstance(rule, (LocalRule, DirectRule, BP, Schedule)):
         return rule
     if isinstance(rule, str):
-        name, options = (rule, {}) if rule in _registry else parse(rule) if "(" in rule else (rule, {})
-        if name not in _registry:
-            raise ConversionError(f"unknown rule {name!r}{nearest(name, _registry)} rules: {', '.join(_registry)}")
+        name, options = parse(rule, rules()) if "(" in rule else (rule, {})
+        if not _known(name):
+            raise ConversionError(f"unknown rule {name!r}{nearest(name, rules())} rules: {', '.join(rules())}")
         made: Rule = build(name, _registry[name], options)
         return made
     if isinstance(rule, type) and issubclass(rule, Rule):

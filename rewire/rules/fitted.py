@@ -71,8 +71,8 @@ class Fitted(LearnedDirect):
         self.context = context
         self.sketch = sketch
 
-    def exact(self, passes: int, probed: int) -> bool:
-        return passes % self.every == 0 or 0 < probed < (self.probe or 0)
+    def exact(self, passes: int, sampled: int) -> bool:
+        return passes % self.every == 0 or 0 < sampled < (self.probe or 0)
 
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         n = error.shape[axis]

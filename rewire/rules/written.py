@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from rewire.errors import ConversionError, nearest
 _FORM = "a rule with options is written name(option=value, ...), as in 'dfa(layout=\"sequence_first\")'"
 
 
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """``name(option=value, ...)`` taken apart; options are literals, structures and torch dtypes.
+def parse(text: str, rules: Container[str] = ()) -> tuple[str, dict[str, Any]]:
+    """``name(option=value, ...)`` taken apart; options are literals, structures, torch dtypes and rules.
+
+    Args:
+        rules: names that may stand for a rule without quotes: ``switch(first=bp, then=fitted(every=50), at=100)``.
 
     Raises:
         ConversionError: for text of another form.
@@ -32,7 +35,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         return call.id, {}
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise ConversionError(f"cannot read rule {text!r}: {_FORM}")
-    return call.func.id, {option: _value(node, text) for option, node in _options(call, text)}
+    return call.func.id, {option: _value(node, text, rules) for option, node in _options(call, text)}
 
 
 def build(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
@@ -83,7 +86,10 @@ def _options(call: ast.Call, text: str) -> list[tuple[str, ast.expr]]:
     return found
 
 
-def _value(node: ast.expr, text: str) -> Any:
+def _value(node: ast.expr, text: str, rules: Container[str] = ()) -> Any:
+    name = node.func if isinstance(node, ast.Call) else node
+    if isinstance(name, ast.Name) and name.id in rules:
+        return ast.unparse(node)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
         kind = getattr(structures, node.func.id, None)
         if node.func.id in structures.__all__ and isinstance(kind, type) and issubclass(kind, structures.Structure):
