@@ -97,7 +97,7 @@ def due(wiring: Wiring) -> list[LayerState]:
                 "stays as it was drawn",
             )
             continue
-        turn = rule.probe(wiring.passes)
+        turn = rule.probe_number(wiring.passes)
         if turn is not None:
             (able if rule.together else turns).append(state)
             number = turn

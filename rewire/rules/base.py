@@ -280,7 +280,7 @@ class LearnedDirect(DirectRule):
         """What to add up, over passes and ranks, until it is taken in."""
         raise NotImplementedError
 
-    def probe(self, passes: int) -> int | None:
+    def probe_number(self, passes: int) -> int | None:
         """Number of the probe to be taken before pass number ``passes``; None: none is."""
         return None
 
@@ -359,7 +359,8 @@ def _known(name: str) -> bool:
         try:
             if isinstance(shipped, type) and issubclass(shipped, Rule) and shipped.name in _registry:
                 raise ConversionError(f"its class is registered as {shipped.name!r}")
-            register_rule(name)(shipped)  # type: ignore[type-var]
+            register: Callable[[object], object] = register_rule(name)  # type: ignore[assignment]
+            register(shipped)
         except ConversionError as problem:
             raise ConversionError(f"rule {name!r} is shipped by {plugins.where(name)}: {problem}") from None
     return True

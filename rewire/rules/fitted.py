@@ -9,8 +9,11 @@ from torch import Tensor
 
 from rewire.errors import ConversionError
 from rewire.feedback import standard_normal
+from rewire.rules import jacobian
 from rewire.rules.base import LearnedDirect, Rows, register_rule
 from rewire.structures import Structure
+
+BY = ("gradients", "jvp")
 
 
 @register_rule("fitted")
@@ -34,6 +37,10 @@ class Fitted(LearnedDirect):
         cap: B's norm is at most ``cap`` times that of the first fit, 0 for no cap. Without one feedback and weights can
             drive each other up under SGD with momentum.
         context: r, how many numbers of the layer's own input the feedback looks at.
+        by: ``"gradients"``: as described. ``"jvp"``: no pass is handed back exactly (but the first, for the scale),
+            and there is no backward in fitting: every ``every``-th pass a forward-mode probe (:mod:`rewire.jvp`) of
+            ``probe`` samples shows what random tangents at the input of one layer, each in its turn, become at the
+            output, and B takes a least-squares step towards that (:mod:`rewire.rules.jacobian`). Without context.
         sketch: an error with more outputs than this is first summed up into so many numbers, each output under a random
             sign into a random one of them (count sketch).
         layout, feedback: see :class:`~rewire.rules.base.DirectRule`. B has to be kept whole: a ``Dense`` structure.
@@ -51,6 +58,7 @@ class Fitted(LearnedDirect):
         cap: float = 10.0,
         context: int = 0,
         sketch: int = 512,
+        by: str = "gradients",
         layout: str | None = None,
         feedback: str | Structure | None = None,
     ) -> None:
@@ -70,9 +78,22 @@ class Fitted(LearnedDirect):
         self.cap = cap
         self.context = context
         self.sketch = sketch
+        if by not in BY:
+            raise ConversionError(f"fitted: by is {' or '.join(map(repr, BY))}, not {by!r}")
+        if by == "jvp" and context:
+            raise ConversionError("fitted: by='jvp' fits no context, whose part differs from sample to sample")
+        self.by = by
+        self.probes = by == "jvp"
+        self.samples = probe
 
     def exact(self, passes: int, sampled: int) -> bool:
-        return passes % self.every == 0 or 0 < sampled < (self.probe or 0)
+        return self.by == "gradients" and (passes % self.every == 0 or 0 < sampled < (self.probe or 0))
+
+    def probe_number(self, passes: int) -> int | None:
+        return None if passes % self.every else passes // self.every
+
+    def observe(self, rows: Rows, B: Tensor) -> dict[str, Tensor]:
+        return jacobian.residual(rows, B)
 
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         n = error.shape[axis]
@@ -106,6 +127,8 @@ class Fitted(LearnedDirect):
         return sums | _normal_equations(e, c, G)
 
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
+        if self.by == "jvp":
+            return jacobian.corrected(B, sums) if "wrong" in sums else B
         for what, new in sums.items():
             if what != "samples":
                 memory[what] = memory[what] * self.decay + new if what in memory else new

@@ -66,7 +66,7 @@ class Grape(LearnedDirect):
     def exact(self, passes: int, sampled: int) -> bool:
         return self.anchor > 0 and passes % self.anchor == 0
 
-    def probe(self, passes: int) -> int | None:
+    def probe_number(self, passes: int) -> int | None:
         return None if passes % self.every else passes // self.every
 
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:

@@ -370,3 +370,23 @@ def test_nothing_is_learned_in_eval_without_gradients():
             model(X)
     model.state_dict()
     assert torch.equal(passes, before)
+
+
+def test_fit_by_forward_mode_comes_near_the_jacobian_without_a_backward():
+    """A linear network: every sample's Jacobian is the product of the weights above."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    rewire.convert(model, "fitted(by='jvp', every=1)", seed=1)
+    x, y = randn(32, 6), torch.arange(32) % 3
+    for _ in range(60):  # weights stay as they are: each layer's B settles
+        F.cross_entropy(model(x), y).backward()
+    model(x)
+    W2, W3 = model[1].weight.detach(), model[2].weight.detach()
+    B = rewire.feedback(model)
+    torch.testing.assert_close(B["2"], W3, atol=0.05, rtol=0)
+    torch.testing.assert_close(B["1"], W3 @ W2, atol=0.05, rtol=0)
+
+
+def test_forward_mode_fits_no_context():
+    with pytest.raises(rewire.ConversionError, match="no context"):
+        rewire.convert(mlp(), "fitted(by='jvp', context=2)")
