@@ -406,7 +406,7 @@ class LayerState:
         ran = [state for state in wiring.layers.values() if state.ran]
         direct = [state for state in ran if isinstance(state.rule, DirectRule)]
         # The layers of a pass find each other on one graph: all of them are part of it, or none.
-        together = all(state.traceable and state._plain() for state in direct) and not any(s.picks for s in ran)
+        together = all(state.traceable and state.plain() for state in direct) and not any(s.picks for s in ran)
         self.in_graph = self.traceable and (together or not direct)
         self.joins_traced = self.role is Role.OUTPUT and bool(direct)
         self.fixed = ()
@@ -419,7 +419,7 @@ class LayerState:
         elif isinstance(rule, LocalRule) and rule.random and self.random_as is not None:
             self.fixed = (self.random(rule, *self.random_as),)
 
-    def _plain(self) -> bool:
+    def plain(self) -> bool:
         """Whether all its direct feedback is plain tensors."""
         return all(isinstance(self._made_for(*place, shape), Tensor) for place, shape in self.shapes.items())
 
@@ -521,11 +521,13 @@ class LayerState:
         dtype: torch.dtype,
         device: torch.device,
         shared: Cache | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
         """``signal B`` as a tensor of ``shape`` and ``dtype``.
 
         Args:
             shared: what layers have made of the signal in this pass; None: ``error``'s own.
+            given: another B in place of the layer's own, of its shape.
         """
         if rule.silent:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -540,7 +542,9 @@ class LayerState:
             self.mirror = None
             if route.plain and len(self.wiring.outputs) == 1 and type(feedback) is Tensor:
                 self.mirror = feedback if feedback.shape[0] <= _SMALL else None
-        if type(feedback) is Tensor:
+        if given is not None:
+            fed = route(signal, given)
+        elif type(feedback) is Tensor:
             fed = route(signal, feedback)
         else:
             fed = self._through(route, feedback, signal, error, shared)
