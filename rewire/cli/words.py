@@ -1,10 +1,5 @@
-"""Options that hold several names."""
+"""Options that hold several names; see :mod:`rewire.words`."""
 
-from __future__ import annotations
+from rewire.words import pairs, words
 
-from collections.abc import Sequence
-
-
-def words(options: Sequence[str]) -> list[str]:
-    """The names in repeated options, each of which may hold several, apart by spaces or commas."""
-    return " ".join(options).replace(",", " ").split()
+__all__ = ["pairs", "words"]
