@@ -2,8 +2,8 @@
 
 Under ``vmap`` a model runs once for all members of a stack, with parameters that have a dimension more. So do its
 feedback tensors have to: each member keeps the feedback of its own seed. Feedback is otherwise something a layer makes
-by itself; inside a :class:`Stack`'s call it is given from outside, through a context variable, so that no layer remembers
-anything of it and other threads and later passes see nothing.
+by itself; inside a :class:`Stack`'s call it is given from outside, through a context variable, so that no layer
+remembers anything of it and other threads and later passes see nothing.
 """
 
 from __future__ import annotations

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from rewire.errors import InputError
 
 # A run of anything but spaces and commas; inside parentheses and quotes those belong to the word.
-_WORD = re.compile(r"""(?: "[^"]*" | '[^']*' | \( (?: "[^"]*" | '[^']*' | [^()"'] | \([^()]*\) )* \) | [^\s,()"'] )+""", re.X)
+_WORD = re.compile(
+    r"""(?: "[^"]*" | '[^']*' | \( (?: "[^"]*" | '[^']*' | [^()"'] | \([^()]*\) )* \) | [^\s,()"'] )+""", re.X
+)
 
 
 def words(options: Sequence[str]) -> list[str]:

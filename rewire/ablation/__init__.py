@@ -1,8 +1,8 @@
 """Train models under several rules and seeds, side by side.
 
-One file per idea. :mod:`.cell` says what is trained and :mod:`.grid` lists the cells; :mod:`.models` and :mod:`.data` say
-with what. :mod:`.train` trains one cell and :mod:`.together` several seeds at once, from :mod:`.checkpoint` to checkpoint.
-:mod:`.work` makes results of whatever happens; :mod:`.here`, :mod:`.workers` and :mod:`.on_ray` are where it is done.
+One file per idea. :mod:`.cell` says what is trained and :mod:`.grid` lists the cells; :mod:`.models` and :mod:`.data`
+say with what. :mod:`.train` trains one cell and :mod:`.together` several seeds at once, from :mod:`.checkpoint` to
+checkpoint. :mod:`.work` makes results of whatever happens; :mod:`.here`, :mod:`.workers` and :mod:`.on_ray` do it.
 :mod:`.folder` keeps it, :mod:`.runner` runs a grid, and :mod:`.report` prints the table.
 """
 

@@ -47,6 +47,10 @@ def load(path: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, weights_only=False)
     except Exception as error:  # made by another version of something, which may fail in any way
-        warnings.warn(f"{path} cannot be read ({type(error).__name__}: {error}); its cell starts again", RewireWarning, stacklevel=2)
+        warnings.warn(
+            f"{path} cannot be read ({type(error).__name__}: {error}); its cell starts again",
+            RewireWarning,
+            stacklevel=2,
+        )
         return None
     return state

@@ -98,9 +98,7 @@ class Grid:
             yield base  # plain backprop
         for rule in self.rules:
             for layers, blocks, feedback, skip, scale in ways:
-                yield replace(
-                    base, rule=rule, layers=layers, blocks=blocks, feedback=feedback, skip=skip, scale=scale
-                )
+                yield replace(base, rule=rule, layers=layers, blocks=blocks, feedback=feedback, skip=skip, scale=scale)
         if self.controls and "shallow" not in self.rules:
             yield replace(base, rule="shallow")
 
@@ -258,7 +256,7 @@ def _optimizers(values: dict[str, Any], where: str) -> tuple[tuple[tuple[str, An
 
 def _optimizer(table: Any, flat: Mapping[str, Sequence[Any]], where: str) -> list[tuple[tuple[str, Any], ...]]:
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-        raise InputError(f"{where}: an optimizer is a name, or a table with one such as {{name = 'sgd'}}, not {table!r}")
+        raise InputError(f"{where}: an optimizer is a name or a table such as {{name = 'sgd'}}, not {table!r}")
     for key in table:
         if key not in _OPTIMIZER:
             raise InputError(f"{where}: unknown key {key!r} of an optimizer{nearest(key, _OPTIMIZER)}")

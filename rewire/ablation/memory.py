@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,10 +11,8 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def reset_peak() -> None:
     """Let :func:`peak_mb` count from now, where the system can; elsewhere it counts from the process's start."""
-    try:
+    with contextlib.suppress(OSError):
         _RESET.write_text("5")
-    except OSError:
-        pass
 
 
 def peak_mb() -> float | None:

@@ -203,7 +203,7 @@ def _fitted(spec: Spec, shape: Shape, classes: int, seed: int) -> Net:
         return Net(model, key)
     if like.dim() != 4:
         raise InputError(f"{spec.text} takes inputs of shape {tuple(like.shape)}, not images")
-    channels, height, width = image(spec.text, shape)
+    channels, *_ = image(spec.text, shape)
     wanted = (int(like.shape[1]), int(like.shape[2]), int(like.shape[3]))
     if channels not in (1, wanted[0]):
         raise InputError(f"{spec.text} takes images of {wanted[0]} channels, not {channels}")

@@ -29,7 +29,9 @@ def read(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in PARTS if name not in file]
             if missing:
-                raise InputError(f"{path} has no {missing[0]}{nearest(missing[0], file)}; needed are {', '.join(PARTS)}")
+                raise InputError(
+                    f"{path} has no {missing[0]}{nearest(missing[0], file)}; needed are {', '.join(PARTS)}"
+                )
             return {name: file[name] for name in PARTS}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
@@ -87,7 +89,7 @@ def tensors(where: str, arrays: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tens
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the training images' mean and deviation taken out, in place: of the test images nothing is looked at."""
+    """Both scaled in place by the training images' mean and deviation: of the test images nothing is looked at."""
     std, mean = torch.std_mean(train)
     for x in (train, test):
         x.sub_(mean).div_(std)

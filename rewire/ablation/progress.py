@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,18 @@ HISTORY = "history.jsonl"
 _SAMPLES = 128  # that alignment is measured on
 _STEP_TIMES = 1000
 
-# Told of each epoch as it ends, with the measurement made then, if one was.
-Listener = Callable[[Epoch, Mapping[str, Any] | None], None]
+
+class Listener:
+    """Told how training goes on, in the process that trains."""
+
+    def began(self, history: Sequence[Epoch], alignment: Sequence[Mapping[str, Any]]) -> None:
+        """Training begins, or goes on after what was done already."""
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        """A step is done: ``done`` of the ``total`` of all epochs."""
+
+    def epoch(self, epoch: Epoch, alignment: Mapping[str, Any] | None) -> None:
+        """An epoch is done, with the measurement made at its end, if one was."""
 
 
 @dataclass
@@ -72,7 +82,7 @@ class Progress:
 
 
 class History:
-    """``history.jsonl`` of one cell: a line per epoch, for whoever looks while it trains. The checkpoint is what counts.
+    """``history.jsonl`` of one cell: a line per epoch for whoever looks on. What counts is the checkpoint.
 
     Args:
         folder: of the cell; None: nothing is written.
@@ -122,4 +132,3 @@ def measure(net: Net, data: Dataset, epoch: int, step: int) -> dict[str, Any] | 
         put_back(before)
     record: dict[str, Any] = finite({"epoch": epoch, "step": step, **found})
     return record
-

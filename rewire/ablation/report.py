@@ -126,10 +126,16 @@ def title(cells: Sequence[Cell]) -> str:
         found = {getattr(cell, name) for cell in cells}
         return found.pop() if len(found) == 1 else None
 
-    parts = [f"{number} epochs" if (number := same("epochs")) else "", f"batch {b}" if (b := same("batch_size")) else ""]
+    parts = [
+        f"{number} epochs" if (number := same("epochs")) else "",
+        f"batch {b}" if (b := same("batch_size")) else "",
+    ]
     if optimizer := same("optimizer"):
         parts.append(f"{optimizer} {lr:g}" if (lr := same("lr")) else optimizer)
-    parts += [f"momentum {m:g}" if (m := same("momentum")) else "", f"weight decay {w:g}" if (w := same("weight_decay")) else ""]
+    parts += [
+        f"momentum {m:g}" if (m := same("momentum")) else "",
+        f"weight decay {w:g}" if (w := same("weight_decay")) else "",
+    ]
     parts.append(same("schedule") or "")
     data = ", ".join(dict.fromkeys(cell.data for cell in cells))
     return f"{data}: {', '.join(part for part in parts if part)}"

@@ -42,9 +42,7 @@ def step_ratio(cell: Cell, *, pairs: int = PAIRS, seconds: float = SECONDS) -> f
     picks = (torch.randperm(len(data.x_train), generator=order)[:size] for _ in range(WARM_UP + pairs))
     batches = [(data.x_train[pick], data.y_train[pick]) for pick in picks]
 
-    rule, reference = (
-        make_trainer(each, data).step for each in (cell, replace(cell, rule="bp", layers=(), blocks=()))
-    )
+    rule, reference = (make_trainer(each, data).step for each in (cell, replace(cell, rule="bp", layers=(), blocks=())))
     began = time.perf_counter()
     with seeded(cell.seed):
         for x, y in batches[:WARM_UP]:

@@ -31,7 +31,7 @@ def run_cell(
 
     Args:
         folder: for checkpoints and history; if it holds a checkpoint, training goes on there. None: none are kept.
-        listener: told of each epoch as it ends.
+        listener: told of each step and epoch.
         every: seconds between checkpoints; one is written at the end in any case.
 
     Raises:
@@ -59,10 +59,8 @@ def run_cell(
 
 
 class _Run:
-    def __init__(
-        self, cell: Cell, data: Dataset, folder: Path | None, listener: Listener | None, every: float
-    ) -> None:
-        self.cell, self.data, self.listener, self.every = cell, data, listener, every
+    def __init__(self, cell: Cell, data: Dataset, folder: Path | None, listener: Listener | None, every: float) -> None:
+        self.cell, self.data, self.listener, self.every = cell, data, listener or Listener(), every
         self.path = None if folder is None else folder / checkpoint.NAME
         self.order = torch.Generator().manual_seed(cell.seed)
         kept = None if self.path is None else checkpoint.load(self.path)
@@ -80,6 +78,7 @@ class _Run:
     def train(self) -> None:
         """Every epoch that is still to be done."""
         progress, wanted = self.progress, measured_after(self.cell)
+        self.listener.began(progress.history, progress.alignment)
         while progress.epoch <= self.cell.epochs and not self._diverged():
             number = progress.epoch
             mean = self._epoch()
@@ -95,8 +94,7 @@ class _Run:
             self.history.add(epoch)
             if progress.epoch > self.cell.epochs or self._diverged():
                 self._save()
-            if self.listener is not None:
-                self.listener(epoch, progress.last_alignment(number))
+            self.listener.epoch(epoch, progress.last_alignment(number))
 
     def _diverged(self) -> bool:
         return bool(self.progress.history) and not math.isfinite(self.progress.history[-1].loss)
@@ -105,6 +103,7 @@ class _Run:
         """The rest of one pass over the training data: mean loss per sample, or the first that is not finite."""
         progress, data, size = self.progress, self.data, self.cell.batch_size
         shuffled = torch.randperm(len(data.x_train), generator=self.order)
+        steps = steps_per_epoch(self.cell, data)
         for start in range(progress.step * size, len(shuffled), size):
             batch = shuffled[start : start + size]
             x, y = data.x_train[batch], data.y_train[batch]
@@ -117,6 +116,7 @@ class _Run:
                 return value
             progress.total += value * len(batch)
             progress.step += 1
+            self.listener.step((progress.epoch - 1) * steps + progress.step, self.cell.epochs * steps, value)
             if time.perf_counter() - self.saved >= self.every:
                 self._save()
         return progress.total / len(shuffled)

@@ -122,4 +122,3 @@ def groups_of(cells: Sequence[Cell], most: int) -> list[tuple[Cell, ...]]:
         config = {name: value for name, value in cell.config().items() if name != "seed"}
         found.setdefault(json.dumps(config, sort_keys=True), []).append(cell)
     return [tuple(group[i : i + most]) for group in found.values() for i in range(0, len(group), most)]
-

@@ -1,11 +1,12 @@
 """Units done by processes of this machine.
 
-Each worker is a fresh process (``spawn``: torch's threads do not survive a fork) that lives as long as this one. One that
-the system kills takes one unit with it, which is given to another worker once, and goes on from its checkpoint.
+Each worker is a fresh process (``spawn``: torch's threads do not survive a fork) that lives as long as this one. One
+that the system kills takes one unit with it, which is given to another worker once, and goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -82,10 +83,8 @@ class _Worker:
 
     def give(self, unit: Unit) -> None:
         self.unit = unit
-        try:
+        with contextlib.suppress(OSError):  # it died before; reading says so
             self.pipe.send(unit)
-        except OSError:
-            pass  # it died before; reading says so
 
     def take(self) -> Outcome | files.StorageError | _Died:
         try:

@@ -15,7 +15,7 @@ from rewire.ablation.folder import load_grid, new_folder
 from rewire.ablation.inputs import one_of, positive
 from rewire.ablation.report import METRICS
 from rewire.ablation.runner import PLACES
-from rewire.cli.options import DATA, MODELS, command_line, only, several, setting, show, stopped, training
+from rewire.cli.options import DATA, MODELS, command_line, only, setting, several, show, stopped, training
 from rewire.errors import InputError
 from rewire.words import pairs, words
 
@@ -58,7 +58,9 @@ from rewire.words import pairs, words
     help="Train up to this many seeds of a cell as one stack: faster on small models, and equal up to rounding.",
 )
 @click.option("--workers", type=int, help="Processes; 0: none, all in this one.  [default: one per core]")
-@click.option("--on", "place", default="workers", show_default=True, help="workers, or ray (pip install 'rewire[ray]').")
+@click.option(
+    "--on", "place", default="workers", show_default=True, help="workers, or ray (pip install 'rewire[ray]')."
+)
 @click.option("--metric", default="accuracy", show_default=True, help="What the table shows: accuracy or error.")
 @click.option(
     "--out",

@@ -74,8 +74,7 @@ def inspect(
 
 
 def _by_pattern(layers: Sequence[str]) -> dict[str | type[nn.Module], str | rewire.Rule] | None:
-    chosen: dict[str | type[nn.Module], str | rewire.Rule] = dict(pairs("--layers", "layer1.*=fa", layers))
-    return chosen or None
+    return {pattern: rule for pattern, rule in pairs("--layers", "layer1.*=fa", layers).items()} or None
 
 
 def _too_large(example: Example) -> tuple[Summary, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -88,10 +89,10 @@ def show(results: Sequence[Result], folder: Path, metric: str = "accuracy") -> i
 def _page(folder: Path) -> Path | None:
     """The HTML report, where that can be written; a table that is there is worth more than a report that is not."""
     try:
-        from rewire.ablation.html import write
+        html = importlib.import_module("rewire.ablation.html")
     except ImportError:
         return None
-    page: Path = write(folder)
+    page: Path = html.write(folder)
     return page
 
 

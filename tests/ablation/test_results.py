@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rewire.ablation.results import Writer
 from rich.console import Console
 
 from rewire.ablation import Cell, Epoch, InputError, Result
 from rewire.ablation.report import rows, spread, table
-from rewire.ablation.results import Writer
 
 
 def result(rule: str = "bp", seed: int = 0, accuracy: float = 0.9, loss: float = 0.5) -> Result:
