@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,7 @@ def test_stopped_at_any_write_and_gone_on_with(
         assert timeless(folder) == expected, number
 
 
-def test_a_full_disk_is_one_error_and_loses_nothing(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_error_and_loses_nothing(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = read({"model": "mlp", "rule": "fa", "seeds": 3, "data": str(npz), "epochs": 1, "controls": False})
     ablate(grid, tmp_path / "undisturbed")
     folder = tmp_path / "full"
@@ -150,7 +148,11 @@ def kill_again_and_again(arguments: list[str], folder: Path, times: int, rng: ra
     useful = 0
     while times:
         process = subprocess.Popen(
-            arguments, env=os.environ | HERE, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            arguments,
+            env=os.environ | HERE,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         # Wait for the first sign of work, however slow the machine is at importing torch.
         before = size(folder)
@@ -163,10 +165,8 @@ def kill_again_and_again(arguments: list[str], folder: Path, times: int, rng: ra
         if rng.random() < 0.5:
             os.kill(process.pid, signal.SIGKILL)  # workers have to notice by themselves
         else:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.wait()
         times -= 1
     return useful

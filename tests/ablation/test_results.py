@@ -134,9 +134,9 @@ def test_a_folder_takes_more_cells_and_no_fewer(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with open_run(tmp_path, GRID, ""):
-        with pytest.raises(InputError, match="another process is working on"), open_run(tmp_path, GRID, ""):
-            pass
+    again = open_run(tmp_path, GRID, "")
+    with open_run(tmp_path, GRID, ""), pytest.raises(InputError, match="another process is working on"), again:
+        pass
     with open_run(tmp_path, GRID, ""):  # what it leaves behind holds nobody up
         assert (tmp_path / "lock").exists()
 
