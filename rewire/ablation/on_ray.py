@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rewire.errors import RewireError
 from rewire.specs.libraries import library
 
 from . import files
@@ -28,6 +29,7 @@ def outcomes(units: Sequence[Unit], *, threads: int, count: int | None = None) -
 
     Raises:
         InputError: Ray cannot be imported.
+        RewireError: it cannot be started or reached.
         StorageError: the disk takes no more.
     """
     ray = library("ray")
@@ -35,7 +37,10 @@ def outcomes(units: Sequence[Unit], *, threads: int, count: int | None = None) -
     if started:
         address = os.environ.get("RAY_ADDRESS")
         alone = {"num_cpus": max(count or 1, threads), "include_dashboard": False} if address is None else {}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **alone)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **alone)
+        except Exception as error:  # Ray raises plain exceptions here
+            raise RewireError(f"Ray cannot be started or reached: {error}") from error
     try:
         # What the system kills is tried once more, as by workers of our own.
         remote = ray.remote(num_cpus=threads, max_retries=1)(_task)
