@@ -74,6 +74,7 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/memory.py $(if $(QUICK),--turns 0)
 	$(BIN)/python benchmarks/pipeline.py $(QUICK)
 	$(BIN)/python benchmarks/streams.py $(QUICK)
+	$(BIN)/python benchmarks/together.py $(QUICK)
 
 # ZOO="'hf:*bert*' --again": only some, what failed too.
 zoo: $(DEV)
@@ -81,7 +82,7 @@ zoo: $(DEV)
 
 # The settings under which backprop reaches about 12.5 % error on this network and data.
 FASHION := ablate --data fashion-mnist --data-dir "$(FASHION_DIR)" --model lenet --rules "bp fa dfa" \
-	--seeds 3 --epochs 3 --batch-size 64 --metric error
+	--seeds 3 --epochs 3 --batch-size 64 --metric error --no-controls
 
 fashion: $(BASE)
 	@test -e "$(FASHION_DIR)/train-images-idx3-ubyte.gz" -o -e "$(FASHION_DIR)/train-images-idx3-ubyte" || { \

@@ -212,8 +212,8 @@ class Project(Function):
 
     A pure function of its tensor inputs, so every ``torch.func`` transform applies.
 
-    Inputs: y, the targets or None, the output error's place, the fed (layer, rule, input) triples, and the
-    fed tensors x in the same order.
+    Inputs: y, the targets or None, the output error's place, the fed (layer, rule, input, whether B is given), the
+    fed tensors x in the same order, and then the B that are given (:mod:`rewire.stacked`). Others are the layers' own.
     """
 
     generate_vmap_rule = True
@@ -223,30 +223,33 @@ class Project(Function):
         y: Tensor,
         targets: Tensor | None,
         error: OutputError,
-        plan: Sequence[tuple[LayerState, DirectRule, int]],
-        *fed: Tensor,
+        plan: Sequence[tuple[LayerState, DirectRule, int, bool]],
+        *tensors: Tensor,
     ) -> Tensor:
         return y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, targets, ctx.error, ctx.plan, *fed = inputs
-        ctx.shapes = [(x.shape, x.dtype) for x in fed]
-        ctx.save_for_backward(targets)
+        _, targets, ctx.error, ctx.plan, *tensors = inputs
+        count = len(ctx.plan)
+        ctx.shapes = [(x.shape, x.dtype) for x in tensors[:count]]
+        ctx.save_for_backward(targets, *tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         error: OutputError = ctx.error
-        (targets,) = ctx.saved_tensors
+        targets, *given = ctx.saved_tensors
         signals: dict[DirectRule, Tensor] = {}
         shared: Cache = {}
         fed: list[Tensor] = []
-        for (state, rule, index), (shape, dtype) in zip(ctx.plan, ctx.shapes, strict=True):
+        own = iter(given)
+        for (state, rule, index, is_given), (shape, dtype) in zip(ctx.plan, ctx.shapes, strict=True):
             if rule not in signals and not rule.silent:
                 signals[rule] = rule.signal(e, targets, error.axis)
             signal = signals.get(rule, e)
-            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device, shared).contiguous())
-        return (e, None, None, None, *fed)
+            B = next(own) if is_given else None
+            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device, shared, B).contiguous())
+        return (e, None, None, None, *fed, *(None for _ in given))
 
 
 class Carry(Function):

@@ -27,6 +27,7 @@ from rewire.learning import look
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
+from rewire.stacked import given_direct, given_local
 from rewire.stacks import stacked_below
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role, Wiring
@@ -281,8 +282,37 @@ class _Backward(BackwardWeight):
         return self.rule.backward_weight(weight, random, self.scale)
 
 
-def _backward(state: LayerState, rule: LocalRule) -> _Backward:
-    """What makes B in this call; the same object each time, unless R is drawn anew."""
+class _Given(BackwardWeight):
+    """The backward weight of one of several models that run as one (:mod:`rewire.stacked`).
+
+    R and s arrive in one tensor, as an input of the operation: what a transform is to map over cannot be a number
+    that our code remembers.
+    """
+
+    lasting = False
+
+    def __init__(self, state: LayerState, rule: LocalRule, packed: Tensor) -> None:
+        self.state = state
+        self.rule = rule
+        self.packed = packed
+        self.keep = rule.uses_weight
+
+    def random(self, weight: Tensor) -> Tensor | None:
+        self.shape = weight.shape
+        if self.packed.numel() != 1 + (weight.numel() if self.rule.random else 0):
+            raise PassError(f"layer {self.state.label}: the feedback given is not of the shape of its weight")
+        return self.packed
+
+    def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
+        assert random is not None
+        R = random[:-1].reshape(self.shape) if self.rule.random else None
+        return self.rule.backward_weight(weight, R, random[-1])  # type: ignore[arg-type]
+
+
+def _backward(state: LayerState, rule: LocalRule) -> BackwardWeight:
+    """What makes B in this call; the same object each time, unless R is drawn anew, or given from outside."""
+    if _transforming() and (packed := given_local(state)) is not None:
+        return _Given(state, rule, packed)
     if rule.redraw:
         if backward_id() == -1:  # a recomputation in backward is still the same pass
             state.draws += 1
@@ -533,11 +563,16 @@ def _transformed_output(state: LayerState, y: Tensor, args: tuple[Any, ...], kwa
 def _project(state: LayerState, call: Call, y: Tensor) -> Tensor:
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
     fed = [call, *upstream(call.sources, state.wiring)]
-    plan = [
-        (other.state, other.state.rule, index) for other in fed for index, _ in enumerate(other.inputs, other.index)
-    ]
+    plan: list[tuple[LayerState, Any, int, bool]] = []
+    given: list[Tensor] = []
+    for other in fed:
+        for index, _ in enumerate(other.inputs, other.index):
+            B = given_direct(other.state, state.name, index)
+            plan.append((other.state, other.state.rule, index, B is not None))
+            if B is not None:
+                given.append(B)
     inputs = [x for other in fed for x in other.inputs]
-    return project(y, error.targets, error, plan, *inputs)
+    return project(y, error.targets, error, plan, *inputs, *given)
 
 
 def _require_known(state: LayerState, waiting: bool) -> None:

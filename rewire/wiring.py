@@ -662,6 +662,10 @@ class LayerState:
                 self.fixed = (self.random(rule, *self.random_as),)
             self.plain = bool(self.fixed) or not self.fed
 
+    def keeps_tensors(self) -> bool:
+        """Whether all its direct feedback is plain tensors."""
+        return all(isinstance(self._made_for(*place, shape), Tensor) for place, shape in self.shapes.items())
+
     def _made_for(self, output: str, index: int, shape: tuple[int, ...]) -> Tensor | Feedback:
         """B for one input and output layer, as the last pass needed it."""
         key = (self.structures[output, index], output, index, shape, *self.kept_as[output, index])
@@ -793,11 +797,13 @@ class LayerState:
         dtype: torch.dtype,
         device: torch.device,
         shared: Cache | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
         """``signal B`` as a tensor of ``shape`` and ``dtype``.
 
         Args:
             shared: what layers have made of the signal in this pass; None: ``error``'s own.
+            given: another B in place of the layer's own, of its shape.
         """
         if rule.silent:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -812,7 +818,9 @@ class LayerState:
             self.mirror = None
             if route.plain and len(self.wiring.outputs) == 1 and type(feedback) is Tensor:
                 self.mirror = feedback if feedback.shape[0] <= _SMALL else None
-        if type(feedback) is Tensor:
+        if given is not None:
+            fed = route(signal, given)
+        elif type(feedback) is Tensor:
             fed = route(signal, feedback)
         else:
             fed = self._through(route, feedback, signal, error, shared)

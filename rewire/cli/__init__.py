@@ -14,6 +14,7 @@ import rewire
 from rewire.cli.ablate import ablate
 from rewire.cli.inspect import inspect
 from rewire.cli.report import report
+from rewire.cli.train import train
 from rewire.errors import InputError
 
 
@@ -56,3 +57,4 @@ def _rewire(context: click.Context) -> None:
 _rewire.add_command(ablate)
 _rewire.add_command(inspect)
 _rewire.add_command(report)
+_rewire.add_command(train)
