@@ -77,8 +77,11 @@ def show(results: Sequence[Result], folder: Path, metric: str = "accuracy") -> i
     screen.print(f"\n{title(cells)}", highlight=False)
     screen.print(table(results, metric))
     screen.print(f"Results: {folder / 'results.jsonl'}", highlight=False, soft_wrap=True)
-    if page := _page(folder):
-        screen.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    try:
+        if page := _page(folder):
+            screen.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    except InputError as problem:  # the table is there all the same
+        screen.print(f"No report: {problem}", highlight=False, soft_wrap=True, markup=False)
     failed = [result for result in results if result.status == "failed"]
     if failed:
         names = "; ".join(f"{result.cell.label} ({result.cell.id}): {result.error}" for result in failed)
