@@ -249,8 +249,7 @@ class Learner:
                 if unknown_to_wrapper(self.kept(module)[name]):
                     raise PassError(
                         f"layer {self.state.label}: its feedback is a Parameter, made after DistributedDataParallel "
-                        "was put around the model, which would not sum its gradients over ranks: convert first, then "
-                        "wrap"
+                        "was put around the model, and so not summed over ranks: convert first, then wrap"
                     )
         if self._undrawn and not self._weight(module).is_meta:
             self._undrawn = False
