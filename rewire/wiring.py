@@ -80,6 +80,7 @@ class Wiring:
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         compiled: some of its calls have been part of a compiled graph, which reads what :meth:`prepare` makes.
         prepared: all layers are ready for such a graph, and nothing has changed since.
+        unnamed: output layers of the backward under way that ``asked`` does not name.
         unready: why, in words, layers under direct rules cannot be part of such graphs now; "" if they can.
         apart: they have run outside of one, and stay there.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
@@ -124,6 +125,7 @@ class Wiring:
         self.compiled = False
         self.prepared = False
         self.unready = ""
+        self.unnamed: list[str] = []
         self.apart = False
         self.certain = False
         self.bypassed: set[Tensor] = set()
@@ -139,7 +141,15 @@ class Wiring:
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"errors": {}, "common": {}, "bypassed": set(), "_weights": {}, "prepared": False, "apart": False}
+        fresh = {
+            "errors": {},
+            "unnamed": [],
+            "common": {},
+            "bypassed": set(),
+            "_weights": {},
+            "prepared": False,
+            "apart": False,
+        }
         return {**self.__dict__, **fresh, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -219,8 +229,9 @@ class Wiring:
         Called in the backward of the layer's join, before any port upstream of it runs.
         """
         is_output = error.deliver(gradient)
-        if self.asked is not None:
-            self._check_asked(state, is_output)
+        if is_output and self.asked is not None and state.name not in self.asked:
+            self._unasked(state)
+            return is_output
         if is_output:
             if self.counts:
                 self.passed = self.unsettled = True
@@ -240,14 +251,23 @@ class Wiring:
         self.unsettled = self.news = True
         return is_output
 
-    def _check_asked(self, state: LayerState, is_output: bool) -> None:
+    def _unasked(self, state: LayerState) -> None:
+        """Note an output layer that ``output=`` does not name; the error comes at the end, and names all."""
+        if not self.unnamed:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._refuse)
+        self.unnamed.append(state.name)
+
+    def _refuse(self) -> None:
         assert self.asked is not None
-        if is_output and state.name not in self.asked:
-            raise PassError(
-                f"the loss sees the output of layer {state.label}, which output={_one_or_all(self.asked)} does not "
-                f"name. Write output={_one_or_all((state.name,))}, or name every layer the loss sees, "
-                f"output={[*self.asked, state.name]!r}, or keep it on backprop, layers={{{state.name!r}: 'bp'}}"
-            )
+        unnamed, self.unnamed = tuple(dict.fromkeys(self.unnamed)), []
+        seen = tuple(name for name in self.layers if name in unnamed or name in self.errors)
+        more = f" (at other times too: output={[*self.asked, *unnamed]!r})" if set(self.asked) - set(seen) else ""
+        raise PassError(
+            f"the loss sees the output of layer{'s' * (len(unnamed) > 1)} {', '.join(map(repr, unnamed))}, which "
+            f"output={_one_or_all(self.asked)} does not name. Write output={_one_or_all(seen)}, every layer that this "
+            f"loss sees{more}; or keep what is not named on backprop, layers={dict.fromkeys(unnamed, 'bp')!r}"
+        )
 
     def settle_if_alone(self) -> None:
         """Settle for somebody who asks between passes. With several ranks the next forward does it, on all of them."""
