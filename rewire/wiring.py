@@ -69,7 +69,7 @@ class Wiring:
         news: of roles and scales.
         passed: where passes count: there was one.
         passes: how many there were.
-        probed: the pass before which the newest forward-mode probe was taken, or considered.
+        probed: the pass before which the newest forward-mode probe was taken.
         probe_count: how many were taken, in this process.
         frozen: passes do not count, for a look at the model that is to leave it as it is.
         certain: the role of every layer is known.
