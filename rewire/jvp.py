@@ -72,8 +72,8 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if wiring.probed == wiring.passes:  # the pass is under way: several forwards before its backward
         return
     chosen = due(wiring)
-    wiring.probed = wiring.passes
     if chosen:
+        wiring.probed = wiring.passes
         rule = cast(LearnedDirect, chosen[0].rule)
         if rule.samples is not None:
             args, kwargs = _slice((args, kwargs), rule.samples)

@@ -74,7 +74,7 @@ class Wiring:
         passes: how many there were.
         sampled: samples shown by those of them, up to the newest, that were handed back exactly without a break.
         rests: nothing is learned now, and passes do not count: for a look at the model that is to leave it as it is.
-        probed: the pass before which the newest forward-mode probe was taken, or considered.
+        probed: the pass before which the newest forward-mode probe was taken.
         probe_count: how many were taken, in this process.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.

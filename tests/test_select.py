@@ -586,7 +586,8 @@ def test_summary_of_a_model_that_is_one_layer():
 
 
 def test_names():
-    assert rewire.rules()[:9] == ("bp", "dfa", "sdfa", "drtp", "shallow", "fa", "usf", "brsf", "frsf")
+    assert rewire.rules()[0] == "bp"
+    assert {"dfa", "sdfa", "drtp", "shallow", "fa", "usf", "brsf", "frsf", "dkp", "grape"} <= set(rewire.rules())
 
 
 def test_a_local_rule_of_ones_own(registry):

@@ -270,8 +270,7 @@ class _Verify:
         layers = layers_of(model)
         for name, (module, state) in ((name, (layer.module, layer.state)) for name, layer in layers.items()):
             state.wiring.warned_like(self.states[name].wiring)
-            state.rule = BP()
-            state.refresh()
+            state.use(BP())
             if state.kind.local:
                 for parameter in module.parameters():
                     parameter.requires_grad_()  # or the graph would not show what uses it

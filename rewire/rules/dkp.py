@@ -39,7 +39,7 @@ class DKP(LearnedDirect):
         self,
         *,
         lr: float = 0.05,
-        decay: float = 0.01,
+        decay: float = 0.1,
         normalise: bool = True,
         layout: str | None = None,
         feedback: str | Structure | None = None,
