@@ -323,8 +323,8 @@ def _check_learns(state: LayerState, rule: Rule | None = None) -> None:
         structure = state.structure(part)
         if isinstance(part, LearnedDirect) and not isinstance(structure, structures.Dense):
             raise ConversionError(
-                f"layer {state.label}: {part!r} learns all of B, which feedback {structure!r} does not keep: use 'dense', "
-                "'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
+                f"layer {state.label}: {part!r} learns all of B, which feedback {structure!r} does not keep: use "
+                "'dense', 'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
             )
 
 

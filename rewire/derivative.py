@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
-from torch.autograd.forward_ad import make_dual, unpack_dual
 
 from rewire.errors import PassError
 from rewire.swap import STATE, derive
+
+# Not annotated in PyTorch.
+unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
+make_dual: Callable[..., Tensor] = forward_ad.make_dual
 
 Derivative = Callable[[Tensor], Tensor]
 

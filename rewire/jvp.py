@@ -14,7 +14,7 @@ Probes are taken by a hook on the module that was converted: parts of it that ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, cast
 
@@ -33,6 +33,10 @@ from rewire.replay import Before
 from rewire.rules.base import LearnedDirect, Rows, Rule
 from rewire.wiring import LayerState, Role, Wiring, parts_of
 
+# Not annotated in PyTorch.
+_unpack: Callable[[Tensor], Any] = forward_mode.unpack_dual
+_dual: Callable[..., Tensor] = forward_mode.make_dual
+_outside_of_graphs: Callable[..., Callable[[Callable[..., None]], Callable[..., None]]] = torch.compiler.disable
 _KEY = "rewire_probe"
 _ATTRIBUTE = "_rewire_probe"
 
@@ -59,7 +63,7 @@ def remove(module: nn.Module) -> None:
         hooks.pop(_KEY, None)
 
 
-@torch.compiler.disable(reason="rewire: a probe is a forward of its own")  # type: ignore[untyped-decorator]
+@_outside_of_graphs(reason="rewire: a probe is a forward of its own")
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted model: a probe, if the pass that begins is to have one."""
     if not torch.is_grad_enabled() or backward_id() != -1 or torch._C._are_functorch_transforms_active():
@@ -144,7 +148,7 @@ class Probe:
         output = forward(module, *args, **kwargs)
         if state.role is Role.OUTPUT:
             for y in tree_flatten(output)[0]:
-                u = forward_mode.unpack_dual(y).tangent if isinstance(y, Tensor) else None
+                u = _unpack(y).tangent if isinstance(y, Tensor) else None
                 if u is not None:
                     self.arrived.append((state, u))
         return output
@@ -164,8 +168,8 @@ class Probe:
             x = leaves[place]
             v = self._tangent(state, x)
             self.put.append((state, index, v))
-            primal, before = forward_mode.unpack_dual(x)
-            leaves[place] = forward_mode.make_dual(primal, v if before is None else before + v)
+            primal, before = _unpack(x)
+            leaves[place] = _dual(primal, v if before is None else before + v)
         return tree_unflatten(leaves, spec)
 
     def _tangent(self, state: LayerState, x: Tensor) -> Tensor:

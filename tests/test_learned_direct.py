@@ -1,4 +1,4 @@
-"""dkp and grape against NumPy, written from their equations: feedback updates included, over several optimizer steps."""
+"""dkp and grape against NumPy, written from their equations: feedback updates included, over several steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batches(n, shape=(6, 5), seed=1):
 
 
 class NumpyMLP:
-    """Softmax regression on tanh layers, trained by gradient descent; ``B[l]`` (n, inputs) is what layer l hands back by."""
+    """Softmax regression on tanh layers, trained by gradient descent; layer l hands back by ``B[l]`` (n, inputs)."""
 
     def __init__(self, model):
         p = parameters(model)
@@ -51,7 +51,7 @@ class NumpyMLP:
     def forward(self, x):
         """Inputs of the layers, and the output."""
         xs = [x]
-        for W, b in zip(self.W[:-1], self.b[:-1]):
+        for W, b in zip(self.W[:-1], self.b[:-1], strict=True):
             xs.append(np.tanh(xs[-1] @ W.T + b))
         return xs, xs[-1] @ self.W[-1].T + self.b[-1]
 
@@ -78,7 +78,7 @@ class NumpyMLP:
             if at:
                 back = delta @ self.W[at] if B is None else e @ B[at]
                 delta = back * (1 - xs[at] ** 2)
-        for at, (gW, gb) in zip(reversed(range(len(self.W))), grads):
+        for at, (gW, gb) in zip(reversed(range(len(self.W))), grads, strict=True):
             self.W[at] = self.W[at] - LR * gW
             self.b[at] = self.b[at] - LR * gb
 
@@ -91,7 +91,7 @@ def torch_step(model, optimizer, x, labels):
 
 def check_weights(model, ours):
     p = parameters(model)
-    for i, W, b in zip((0, 2, 4), ours.W, ours.b):
+    for i, W, b in zip((0, 2, 4), ours.W, ours.b, strict=True):
         np.testing.assert_allclose(p[f"{i}.weight"], W, atol=TOL, rtol=0)
         np.testing.assert_allclose(p[f"{i}.bias"], b, atol=TOL, rtol=0)
 

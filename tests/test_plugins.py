@@ -111,7 +111,7 @@ def test_a_broken_package_is_named_and_breaks_no_other(shipped, source, says):
 def test_two_packages_with_one_name(shipped):
     shipped("a-rules", {"thirds": "a_rules:Thirds"}, a_rules=GOOD)
     shipped("b-rules", {"thirds": "b_rules:Thirds"}, b_rules=GOOD)
-    with pytest.raises(rewire.ConversionError, match="several packages: .*a-rules.*b-rules"):
+    with pytest.raises(rewire.ConversionError, match=r"several packages: .*a-rules.*b-rules"):
         resolve("thirds")
 
 

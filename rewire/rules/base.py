@@ -241,7 +241,7 @@ class Rows:
         return 1 if self.wide is not None or rows is None else len(rows) // max(len(self.e), 1)
 
     def summed(self) -> Tensor:
-        """``exact`` (without it, ``seen``), one row for each row of e: of an image's elements, or summed over the run."""
+        """``exact`` (without it, ``seen``), one row for each row of e: an image's elements, or summed over the run."""
         if self.wide is not None:
             return self.wide
         rows = self.exact if self.exact is not None else self.seen
