@@ -50,7 +50,8 @@ KEPT: dict[str, tuple[type, ...]] = {
     "draws": (int,),
     "functional": (bool,),
     "picks": (bool,),
-    "rejoined": (bool,),
+    "stacked": (int,),
+    "fed": (bool,),
     "lost": (str,),
     "layout": (str, type(None)),
 }

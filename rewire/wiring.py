@@ -165,7 +165,8 @@ class Wiring:
         self.rests = self.still = True
         for state in self.layers.values():
             state.gathered = {}
-            state.refresh()
+            if state.counts:
+                state.refresh()
 
     @property
     def counts(self) -> bool:
