@@ -5,6 +5,7 @@ Models of libraries (:mod:`rewire.specs`) come with inputs of their own; :class:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ def net(name: str, shape: Shape, classes: int, seed: int) -> Net:
             if not isinstance(model, nn.Module):
                 raise InputError(f"{name} returned {type(made).__name__}, not a module")
             return Net(model.train())
-    return _fitted(resolve(name), shape, classes, seed)
+        return _fitted(resolve(name), shape, classes, seed)
 
 
 def _fitted(spec: Spec, shape: Shape, classes: int, seed: int) -> Net:
@@ -208,13 +209,25 @@ def _fitted(spec: Spec, shape: Shape, classes: int, seed: int) -> Net:
     if channels not in (1, wanted[0]):
         raise InputError(f"{spec.text} takes images of {wanted[0]} channels, not {channels}")
     fitted = Net(model, key, wanted)
+    if (found := _classes(model, key, like)) < classes and hasattr(model, "config"):
+        # transformers' models are built from a configuration, which says how many classes.
+        config: Any = copy.deepcopy(model.config)
+        config.num_labels = classes
+        torch.manual_seed(seed)
+        model = type(model)(config).train()
+        fitted, found = Net(model, key, wanted), _classes(model, key, like)
+    if found < classes:
+        raise InputError(f"{spec.text} predicts {found} classes, and the data have {classes}")
+    return fitted
+
+
+def _classes(model: nn.Module, key: str | None, like: Tensor) -> int:
+    """How many classes ``model`` predicts; mode and random state are put back."""
     training = model.training
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        found = logits(fitted.model.eval()(**{key: like}) if key else model(like)).shape
+        outputs = model.eval()(**{key: like}) if key else model.eval()(like)
     model.train(training)
-    if found[-1] < classes:
-        raise InputError(f"{spec.text} predicts {found[-1]} classes, and the data have {classes}")
-    return fitted
+    return int(logits(outputs).shape[-1])
 
 
 def _small(name: str) -> str:

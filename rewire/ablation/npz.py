@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any]:
                     f"{path} has no {missing[0]}{nearest(missing[0], file)}; needed are {', '.join(PARTS)}"
                 )
             return {name: file[name] for name in PARTS}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
 

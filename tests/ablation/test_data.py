@@ -135,3 +135,71 @@ def test_fashion_names_the_missing_file(fashion_dir: Path) -> None:
 def test_a_misspelt_folder_gets_its_neighbour(fashion_dir: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'fashion'"):
         load("fashion-mnist", fashion_dir.parent / "fashoin")
+
+
+def arrays(**changes: object) -> dict[str, object]:
+    rng = np.random.default_rng(0)
+    found: dict[str, object] = {
+        "x_train": rng.normal(size=(6, 4)),
+        "y_train": np.arange(6) % 3,
+        "x_test": rng.normal(size=(3, 4)),
+        "y_test": np.arange(3),
+    }
+    return {name: value for name, value in (found | changes).items() if value is not None}
+
+
+def as_tuple() -> tuple[object, ...]:
+    return tuple(arrays().values())
+
+
+def test_npz_and_functions_give_the_same(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **arrays())  # type: ignore[arg-type]
+    one, other = load(str(tmp_path / "a.npz")), load("tests.ablation.test_data:as_tuple")
+    np.testing.assert_array_equal(one.x_train, np.float32(arrays()["x_train"]))
+    assert torch.equal(one.x_train, other.x_train) and torch.equal(one.y_test, other.y_test)
+    assert one.classes == 3 and one.shape == (4,) and one.y_train.dtype == torch.int64
+
+
+def test_npz_images_are_scaled_and_ids_are_not(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 4)).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", **arrays(x_train=images, x_test=images[:3]))  # type: ignore[arg-type]
+    data = load(str(tmp_path / "images.npz"))
+    expected = (images - images.mean()) / images.astype(np.float64).std(ddof=1)
+    np.testing.assert_allclose(data.x_train[:, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(data.x_test[:, 0], expected[:3], atol=1e-5)
+
+    ids = np.arange(24, dtype=np.int32).reshape(6, 4)
+    np.savez(tmp_path / "ids.npz", **arrays(x_train=ids, x_test=ids[:3], y_train=ids, y_test=ids[:3]))  # type: ignore[arg-type]
+    data = load(str(tmp_path / "ids.npz"))
+    assert data.x_train.dtype == torch.int64 and data.y_train.shape == (6, 4) and data.classes == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"y_test": None}, "has no y_test"),
+        ({"y_train": np.zeros(5, int)}, r"y_train has shape \(5,\)"),
+        ({"y_train": np.zeros(6)}, "y_train has shape"),
+        ({"y_train": np.full(6, -1)}, "below zero"),
+        ({"x_test": np.zeros((3, 5))}, "differ in shape or type"),
+        ({"x_train": np.full((6, 4), np.nan)}, "not finite"),
+        ({"x_train": np.zeros(6)}, r"x_train has shape \(6,\)"),
+        ({"x_train": np.array([object()])}, "cannot read"),
+    ],
+)
+def test_npz_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays(**changes))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=says):
+        load(str(tmp_path / "a.npz"))
+
+
+def test_other_files_are_no_npz(tmp_path: Path) -> None:
+    for number, raw in enumerate((b"", b"text", b"PK\x03\x04 broken")):
+        (tmp_path / f"{number}.npz").write_bytes(raw)
+        with pytest.raises(InputError, match="cannot read"):
+            load(str(tmp_path / f"{number}.npz"))
+    (tmp_path / "array.npz").write_bytes(b"")
+    np.save(tmp_path / "array", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(InputError, match="cannot read"):
+        load(str(tmp_path / "array.npz"))
