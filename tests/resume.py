@@ -17,6 +17,7 @@ from torch import nn
 import rewire
 from rewire.rules.direct import DFA
 from tests import plain  # noqa: F401  (what is imported must not matter)
+from tests.every_rule import EVERY
 
 HALF = 10
 
@@ -93,7 +94,7 @@ def surrogate(a: torch.Tensor) -> torch.Tensor:
 
 
 def _rules() -> dict[str, dict[str, Any]]:
-    return {f"{rule}-{seed}": {"rule": rule, "seed": seed} for rule in rewire.rules() for seed in (0, 11)}
+    return {f"{name}-{seed}": {"rule": rule, "seed": seed} for name, rule in EVERY.items() for seed in (0, 11)}
 
 
 def _structures() -> dict[str, dict[str, Any]]:

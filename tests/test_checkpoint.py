@@ -15,6 +15,7 @@ from torch import nn
 import rewire
 from rewire.errors import ConversionError
 from tests import resume
+from tests.every_rule import EVERY
 
 
 def net(width=12):
@@ -181,7 +182,7 @@ def test_with_safetensors(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(step(model), step(other), strict=True))
 
 
-@pytest.mark.parametrize("rule", rewire.rules())
+@pytest.mark.parametrize("rule", EVERY.values(), ids=list(EVERY))
 def test_copies_and_pickles_still_carry_the_conversion(rule):
     model = trained(rule)
     with warnings.catch_warnings():
