@@ -159,16 +159,13 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
         rules B, of shape ``(n, *input without batch)`` when every element has its own values and
         ``(n, features)`` when positions share them, n being the number of outputs; known once the layer took
         part in a backward pass. With several output layers the keys of direct rules are ``"layer@output"``.
-        Layers on ``bp``, or with nothing to hand back, are absent, and so are frozen ones
-        below which nothing trains. Tensors are detached; changing them in
+        Layers on ``bp``, and direct ones with nothing to hand back, are absent. Tensors are detached; changing them in
         place changes the feedback of ``fa``, and of direct rules where all of B is kept
         (:class:`rewire.structures.Dense`). For other structures this is the equivalent B, made for the caller.
     """
     found: dict[str, Tensor] = {}
     for module, state in _states(model):
         rule = state.rule
-        if state.idle:
-            continue
         if isinstance(rule, LearnedLocal):
             if state.learner is not None:
                 found[state.name] = state.learner.feedback(module)

@@ -348,7 +348,8 @@ class Wiring:
         for state in self.layers.values():
             if state.ran and state.picks:
                 return f"rows of the input of layer {state.label} are picked from the batch by an index"
-        for state in direct:
+        outputs = [state for state in self.layers.values() if state.ran and state.role is Role.OUTPUT]
+        for state in dict.fromkeys([*direct, *outputs]):
             if not (state.traceable and state.plain):
                 return (
                     f"layer {state.label} cannot be part of a compiled graph under {state.rule!r}, or no ordinary "

@@ -60,7 +60,7 @@ def test_ablate_prints_a_table_and_writes_its_rows(
     assert cells == [(rule, seed) for rule in ("bp", "dfa", "shallow") for seed in (0, 1)]
     assert [row["step_ratio"] for row in records(folder)] == [1.0, 1.0, 0.625, 0.625, 0.625, 0.625]
     about = json.loads((folder / "run.json").read_text())
-    assert about["grid"]["rules"] == ["dfa"] and about["command"].startswith("rewire ")
+    assert about["grid"]["rules"] == ["dfa"] and about["command"].startswith("rewire")
 
 
 def test_a_finished_run_is_shown_again_and_not_repeated(

@@ -129,7 +129,7 @@ class Frozen(nn.Sequential):
 def test_what_cannot_be_trained_together_is_trained_alone_and_said_once(
     changes: dict[str, str], says: str, tmp_path: Path
 ) -> None:
-    cells = tuple(seeds(2, epochs=1, batch_size=1000, **changes))
+    cells = tuple(seeds(2, epochs=1, batch_size=400, **changes))
     with pytest.raises(NotTogether, match=says):
         run_together(cells)
     outcome = do(Unit(cells, tmp_path))
