@@ -212,10 +212,10 @@ def _structure(text: str) -> Structure:
 
 
 def _written_rule(state: LayerState) -> str:
-    text = repr(state.rule)
+    text = repr(state.given)
     try:
         found = resolve(text)
-        same = type(found) is type(state.rule) and repr(found) == text
+        same = type(found) is type(state.given) and repr(found) == text
     except ConversionError:
         same = False
     if not same:
@@ -512,9 +512,9 @@ def _against_converted(model: nn.Module, saved: _Saved) -> list[str]:
     problems = _layers_differ(saved, theirs)
     for _, state in states:
         layer = saved.layers.get(state.name)
-        if layer is not None and repr(layer.rule) != repr(state.rule):
+        if layer is not None and repr(layer.rule) != repr(state.given):
             problems.append(
-                f"layer {state.name!r}: rule {layer.rule!r} in the configuration, {state.rule!r} in the model"
+                f"layer {state.name!r}: rule {layer.rule!r} in the configuration, {state.given!r} in the model"
             )
     derivative = {state.name: state.derivative for state in _derivatives(model)}
     for name in {**saved.derivative, **derivative}:

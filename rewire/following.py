@@ -133,7 +133,7 @@ class Learner:
         self._device: torch.device | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sums": {}, "_versions": (), "_alone": 0, "_wrapped": False}
+        return {**self.__dict__, "_versions": (), "_alone": 0, "_wrapped": False}
 
     # -- in the module -------------------------------------------------------------------------------
 

@@ -199,7 +199,11 @@ def test_a_sharded_checkpoint_of_two_is_resumed_by_one(ranks, folder):
     agree(found, state_of(single("dfa", STEPS + 2)))
 
 
-@pytest.mark.parametrize("rule", ["bp", *LOCAL])
+# Feedback that learns from data takes each part of a pipeline's batch for a pass of its own.
+FIXED = [rule for rule in LOCAL if not resolve(rule).learns or rule == "kp"]
+
+
+@pytest.mark.parametrize("rule", ["bp", *FIXED])
 def test_pipeline_stages_under_local_rules(ranks, rule):
     model = rewire.convert(build(), rule)
     for _ in range(2):
