@@ -163,9 +163,12 @@ def load_results(path: Path, *, repair: bool = False) -> list[Result]:
     found: dict[str, Result] = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            result = Result.from_record(json.loads(line))
+            record = json.loads(line)
+            result = Result.from_record(record)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file}, line {number}, cannot be read: {type(error).__name__}: {error}") from error
+        if record["id"] != result.cell.id:
+            raise InputError(f"{file}, line {number}: cell {record['id']} is of another version of rewire")
         if result.cell.id in found:
             raise InputError(f"{file}, line {number}: a second result of cell {result.cell.id}")
         found[result.cell.id] = result

@@ -116,6 +116,15 @@ def test_a_cell_twice_is_an_error(tmp_path: Path) -> None:
         load_results(tmp_path)
 
 
+def test_a_line_of_another_version_is_an_error(tmp_path: Path) -> None:
+    with open_run(tmp_path, GRID, "") as run:
+        run.append(of_grid(0))
+    file = tmp_path / "results.jsonl"
+    file.write_text(file.read_text().replace(GRID.cells()[0].id, "0" * 16))
+    with pytest.raises(InputError, match="another version"):
+        load_results(tmp_path)
+
+
 def test_a_folder_takes_more_cells_and_no_fewer(tmp_path: Path) -> None:
     with open_run(tmp_path, GRID, "first") as run:
         run.append(of_grid(0))
