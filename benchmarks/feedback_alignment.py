@@ -94,7 +94,9 @@ def _costs(rule: str, passes: int) -> tuple[int, int]:
     return sum(made.probes and made.probe(i) is not None for i in counted), sum(made.exact(i) for i in counted)
 
 
-def table(rules: list[str], seeds: int, images: data.Dataset, **options: object) -> tuple[Table, dict[str, dict[str, float]]]:
+def table(
+    rules: list[str], seeds: int, images: data.Dataset, **options: object
+) -> tuple[Table, dict[str, dict[str, float]]]:
     """The table, and mean alignment by rule and layer."""
     shown = Table(title=f"LeNet on {images.name}: cosine of e B and backprop's gradient at each layer's input")
     means: dict[str, dict[str, float]] = {}
@@ -106,7 +108,11 @@ def table(rules: list[str], seeds: int, images: data.Dataset, **options: object)
         rows.append(
             [rule]
             + [f"{value:.3f}" for value in means[rule].values()]
-            + [f"{100 * mean(wrong for _, wrong, _ in runs):.2f}", f"{100 * probes / passes:.0f}", f"{100 * exact / passes:.0f}"]
+            + [
+                f"{100 * mean(wrong for _, wrong, _ in runs):.2f}",
+                f"{100 * probes / passes:.0f}",
+                f"{100 * exact / passes:.0f}",
+            ]
         )
     for column in ("rule", *means[rules[0]], "test error %", "probes", "exact"):
         shown.add_column(column, justify="left" if column == "rule" else "right")

@@ -54,13 +54,13 @@ DERIVATIVES: dict[str, Callable[[Tensor], Tensor] | None] = {
 RULES = ("bp", "dfa", "fitted")
 
 
-def train(unit: type[nn.Module], rule: str, derivative: Callable[[Tensor], Tensor] | None, seed: int, epochs: int) -> float:
+def train(
+    unit: type[nn.Module], rule: str, derivative: Callable[[Tensor], Tensor] | None, seed: int, epochs: int
+) -> float:
     """Test error of a network with two hidden layers of 256 ``unit``."""
     digits = load("digits")
     torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 256), unit(), nn.Linear(256, 256), unit(), nn.Linear(256, 10)
-    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), unit(), nn.Linear(256, 256), unit(), nn.Linear(256, 10))
     rewire.convert(model, rule, seed=seed, derivative=None if derivative is None else {unit: derivative})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(epochs):

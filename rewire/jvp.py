@@ -19,7 +19,6 @@ from threading import get_ident
 from typing import Any, cast
 
 import torch
-import torch.autograd.forward_ad as forward_mode
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +31,9 @@ from rewire.passes import OutputError, backward_id
 from rewire.replay import Before
 from rewire.rules.base import LearnedDirect, Rows, Rule
 from rewire.wiring import LayerState, Role, Wiring, parts_of
+
+# Not annotated in PyTorch.
+forward_mode: Any = torch.autograd.forward_ad
 
 _KEY = "rewire_probe"
 _ATTRIBUTE = "_rewire_probe"
@@ -59,8 +61,7 @@ def remove(module: nn.Module) -> None:
         hooks.pop(_KEY, None)
 
 
-@torch.compiler.disable(reason="rewire: a probe is a forward of its own")  # type: ignore[untyped-decorator]
-def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _probe_before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted model: a probe, if the pass that begins is to have one."""
     if not torch.is_grad_enabled() or backward_id() != -1 or torch._C._are_functorch_transforms_active():
         return
@@ -78,6 +79,11 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         if rule.samples is not None:
             args, kwargs = _slice((args, kwargs), rule.samples)
         probe(model, wiring, chosen, args, kwargs)
+
+
+# A graph break where the model is compiled: a probe is a forward of its own.
+_disable: Any = torch.compiler.disable
+_before_forward = _disable(_probe_before, reason="rewire: a forward-mode probe is a forward of its own")
 
 
 def due(wiring: Wiring) -> list[LayerState]:

@@ -436,7 +436,7 @@ class LayerState:
         self.refresh()
 
     def turn(self) -> bool:
-        """See whose turn it is, by the schedule; whether it is another rule's now. To be followed by :meth:`refresh`."""
+        """See whose turn it is by the schedule; whether it is another rule's now. :meth:`refresh` comes after."""
         rule = self.given.now(self.wiring.passes) if isinstance(self.given, Schedule) else self.given
         if rule is self.rule:
             return False

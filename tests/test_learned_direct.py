@@ -1,4 +1,4 @@
-"""dkp and grape against NumPy, written from their equations: feedback updates included, over several optimizer steps."""
+"""dkp and grape against NumPy, from their equations: feedback updates included, over several optimizer steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batches(n, shape=(6, 5), seed=1):
 
 
 class NumpyMLP:
-    """Softmax regression on tanh layers, trained by gradient descent; ``B[l]`` (n, inputs) is what layer l hands back by."""
+    """Softmax regression on tanh layers, trained by gradient descent; layer l hands back e ``B[l]``, (n, inputs)."""
 
     def __init__(self, model):
         p = parameters(model)
@@ -51,7 +51,7 @@ class NumpyMLP:
     def forward(self, x):
         """Inputs of the layers, and the output."""
         xs = [x]
-        for W, b in zip(self.W[:-1], self.b[:-1]):
+        for W, b in zip(self.W[:-1], self.b[:-1], strict=True):
             xs.append(np.tanh(xs[-1] @ W.T + b))
         return xs, xs[-1] @ self.W[-1].T + self.b[-1]
 
@@ -78,7 +78,7 @@ class NumpyMLP:
             if at:
                 back = delta @ self.W[at] if B is None else e @ B[at]
                 delta = back * (1 - xs[at] ** 2)
-        for at, (gW, gb) in zip(reversed(range(len(self.W))), grads):
+        for at, (gW, gb) in zip(reversed(range(len(self.W))), grads, strict=True):
             self.W[at] = self.W[at] - LR * gW
             self.b[at] = self.b[at] - LR * gb
 
@@ -91,7 +91,7 @@ def torch_step(model, optimizer, x, labels):
 
 def check_weights(model, ours):
     p = parameters(model)
-    for i, W, b in zip((0, 2, 4), ours.W, ours.b):
+    for i, W, b in zip((0, 2, 4), ours.W, ours.b, strict=True):
         np.testing.assert_allclose(p[f"{i}.weight"], W, atol=TOL, rtol=0)
         np.testing.assert_allclose(p[f"{i}.bias"], b, atol=TOL, rtol=0)
 
@@ -297,6 +297,32 @@ def test_broken_on_purpose(monkeypatch):
     with pytest.raises(AssertionError):
         test_grape_against_its_equations(1, False)
     monkeypatch.setattr(Grape, "observe", real)
-    monkeypatch.setattr(DKP, "gather", lambda self, rows: {"G": -rows.e.T @ rows.summed(), "size": rows.e.sum() * 0 + 1})
+    monkeypatch.setattr(
+        DKP, "gather", lambda self, rows: {"G": -rows.e.T @ rows.summed(), "size": rows.e.sum() * 0 + 1}
+    )
     with pytest.raises(AssertionError):
         test_dkp_against_its_equation(False)
+
+
+# -- does it point along backprop's gradient? ----------------------------------------------------------
+
+
+def test_learned_feedback_points_better_than_dfas_on_every_layer():
+    """LeNet on digits, same seed: the same measure as benchmarks/feedback_alignment.py prints."""
+    from benchmarks.feedback_alignment import train
+    from rewire.ablation.data import load
+
+    options = {"epochs": 2, "limit": 768, "lr": 2e-3, "batch": 32, "look": 12}
+    found = {rule: train(rule, 0, load("digits"), **options)[0] for rule in ("dfa", "dkp", "grape")}
+    assert len(found["dfa"]) == 4
+    for rule in ("dkp", "grape"):
+        for layer, plain in found["dfa"].items():
+            assert found[rule][layer] > plain, f"{rule}, layer {layer}: {found[rule][layer]:.3f} against {plain:.3f}"
+
+
+def test_costs_are_shown():
+    model = mlp()
+    rewire.convert(model, "grape(every=4, anchor=50)", layers={"0": "switch(first=bp, then=dfa, at=3)"})
+    rows = {row.name: row for row in rewire.summary(model).rows}
+    assert "exact in 2 % of passes; a forward-mode probe before 25 % of passes" in rows["2"].note
+    assert rows["0"].rule == "bp" and "by switch(first='bp', then='dfa', at=3)" in rows["0"].note

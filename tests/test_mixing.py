@@ -45,7 +45,9 @@ class Local(torch.autograd.Function):
 
 
 def gradients(loss, model):
-    return dict(zip((n for n, _ in model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    return dict(
+        zip((n for n, _ in model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )
 
 
 def converted(model, x, y, rule, **options):
@@ -70,7 +72,14 @@ def check(found, expected):
 def lenet():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 9), nn.Tanh(), nn.Linear(9, 5)
+        nn.Conv2d(1, 3, 3),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, 3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(64, 9),
+        nn.Tanh(),
+        nn.Linear(9, 5),
     ).double()
     return model, torch.randn(6, 1, 8, 8).double(), torch.randint(5, (6,))
 

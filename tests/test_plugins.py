@@ -89,7 +89,10 @@ def test_a_shipped_rule_is_used_by_name(shipped):
         ("def broken(", "SyntaxError"),
         ("Other = 3", "AttributeError"),
         ("Mine = 3", "must be a subclass"),
-        ("import rewire\n@rewire.register_rule('another')\nclass Mine(rewire.LocalRule): pass", "registered as 'another'"),
+        (
+            "import rewire\n@rewire.register_rule('another')\nclass Mine(rewire.LocalRule): pass",
+            "registered as 'another'",
+        ),
     ],
 )
 def test_a_broken_package_is_named_and_breaks_no_other(shipped, source, says):
@@ -97,7 +100,9 @@ def test_a_broken_package_is_named_and_breaks_no_other(shipped, source, says):
     shipped("bad-rules", {"bad": "bad_rules:Mine"}, bad_rules=source)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     for _ in range(2):
-        with pytest.raises(rewire.ConversionError, match=rf"(?s)'bad' is shipped by bad-rules \(bad_rules:Mine\).*{says}"):
+        with pytest.raises(
+            rewire.ConversionError, match=rf"(?s)'bad' is shipped by bad-rules \(bad_rules:Mine\).*{says}"
+        ):
             rewire.convert(model, "bad")
     assert type(model[0]) is nn.Linear
     assert "bad" in rewire.rules() and resolve("thirds").part == 3.0 and resolve("dfa")
@@ -106,7 +111,7 @@ def test_a_broken_package_is_named_and_breaks_no_other(shipped, source, says):
 def test_two_packages_with_one_name(shipped):
     shipped("a-rules", {"thirds": "a_rules:Thirds"}, a_rules=GOOD)
     shipped("b-rules", {"thirds": "b_rules:Thirds"}, b_rules=GOOD)
-    with pytest.raises(rewire.ConversionError, match="several packages: .*a-rules.*b-rules"):
+    with pytest.raises(rewire.ConversionError, match=r"several packages: .*a-rules.*b-rules"):
         resolve("thirds")
 
 

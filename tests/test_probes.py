@@ -58,6 +58,7 @@ def wiring_of(model):
 def test_random_numbers_and_buffers_are_as_without_a_probe(inplace):
     """With a B that learns nothing every step is that of dfa, to the bit."""
     found = []
+
     class Idle(Grape):
         def learn(self, B, memory, sums):
             return B

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 
 from torch import Tensor
 
@@ -152,7 +152,7 @@ class Rows:
         return 1 if self.wide is not None or rows is None else len(rows) // max(len(self.e), 1)
 
     def summed(self) -> Tensor:
-        """``exact`` (without it, ``seen``), one row for each row of e: of an image's elements, or summed over the run."""
+        """``exact`` (without it, ``seen``), a row for each row of e: an image's elements, or the sum over the run."""
         if self.wide is not None:
             return self.wide
         rows = self.exact if self.exact is not None else self.seen
@@ -265,7 +265,7 @@ def _known(name: str) -> bool:
         try:
             if isinstance(shipped, type) and issubclass(shipped, Rule) and shipped.name in _registry:
                 raise ConversionError(f"its class is registered as {shipped.name!r}")
-            register_rule(name)(shipped)  # type: ignore[type-var]
+            register_rule(name)(cast("type[Rule]", shipped))  # which refuses what is none
         except ConversionError as problem:
             raise ConversionError(f"rule {name!r} is shipped by {plugins.where(name)}: {problem}") from None
     return True

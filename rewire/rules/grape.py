@@ -12,7 +12,7 @@ from rewire.structures import Structure
 
 @register_rule("grape")
 class Grape(LearnedDirect):
-    """``B e``. B is turned towards J, the Jacobian from the layer's input to the output, by gradient ascent on their cosine.
+    """``B e``. B is turned towards J, the Jacobian from the layer's input to the output, by ascent on their cosine.
 
     A probe (:mod:`rewire.jvp`) gives a rank-1 estimate ``J' = u v^T`` from each sample, u = J v being what a random
     tangent v at the layer's input becomes at the output; J' is the mean over the probe's samples. Then, with B^ and J^
@@ -97,4 +97,5 @@ def _turned(B: Tensor, J: Tensor, lr: float) -> Tensor:
         return B  # no tangent has arrived, or a number has run over
     unit, towards = B / size, J / other
     unit = unit + lr * (towards - (towards * unit).sum() * unit)
-    return unit * (size / unit.norm())
+    made: Tensor = unit * (size / unit.norm())
+    return made

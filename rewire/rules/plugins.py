@@ -37,7 +37,9 @@ def load(name: str) -> object:
     """
     entries = found()[name]
     if len(entries) > 1:
-        raise ConversionError(f"rule {name!r} is shipped by several packages: {', '.join(sorted(map(_where, entries)))}")
+        raise ConversionError(
+            f"rule {name!r} is shipped by several packages: {', '.join(sorted(map(_where, entries)))}"
+        )
     (entry,) = entries
     try:
         return entry.load()
