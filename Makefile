@@ -1,5 +1,6 @@
 # Everything runs in a virtual environment of its own, made on first use.
-# Two stamps: `make demo` needs little; tests also want the model zoos.
+# Two stamps: `make demo` needs little; tests also want the model zoos and trainers (without what they would depend on,
+# which is torch and what is there already).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,7 @@ DEV := $(VENV)/.dev
 help:
 	@echo "make demo       set up, then compare rules on real handwritten digits (about a minute and a half)"
 	@echo "make test       set up, then run the tests"
-	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-slow  the tests that take minutes; 20,000 training steps with flat memory among them"
 	@echo "make lint       ruff and mypy --strict;  make format  rewrites the files as ruff wants them"
 	@echo "make bench      every benchmark, about an hour; BENCH=--quick some minutes, BENCH=\"--device cuda\" on a GPU"
 	@echo "make zoo        every model of torchvision, timm and transformers' list under fa and dfa; goes on where it stopped"
@@ -31,13 +32,16 @@ help:
 $(BASE): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$(TORCH)"
-	$(PIP) install -e ".[data]"
+	$(PIP) install -e ".[data,report]"
 	@touch $@
 
 $(DEV): $(BASE)
 	$(PIP) install -e ".[dev]"
 	$(PIP) install --no-deps "$(TORCHVISION)" timm
 	$(PIP) install transformers pillow
+	$(PIP) install -e ".[export]"
+	$(PIP) install --no-deps accelerate peft lightning pytorch-lightning torchmetrics
+	$(PIP) install psutil lightning-utilities fsspec
 	@touch $@
 
 demo: $(BASE)
@@ -70,6 +74,7 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/memory.py $(if $(QUICK),--turns 0)
 	$(BIN)/python benchmarks/pipeline.py $(QUICK)
 	$(BIN)/python benchmarks/streams.py $(QUICK)
+	$(BIN)/python benchmarks/together.py $(QUICK)
 
 # ZOO="'hf:*bert*' --again": only some, what failed too.
 zoo: $(DEV)
@@ -77,7 +82,7 @@ zoo: $(DEV)
 
 # The settings under which backprop reaches about 12.5 % error on this network and data.
 FASHION := ablate --data fashion-mnist --data-dir "$(FASHION_DIR)" --model lenet --rules "bp fa dfa" \
-	--seeds 3 --epochs 3 --batch-size 64 --metric error
+	--seeds 3 --epochs 3 --batch-size 64 --metric error --no-controls
 
 fashion: $(BASE)
 	@test -e "$(FASHION_DIR)/train-images-idx3-ubyte.gz" -o -e "$(FASHION_DIR)/train-images-idx3-ubyte" || { \

@@ -1,7 +1,10 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
 from rewire import functional, structures
-from rewire.convert import convert, feedback, output_error, restore, scales, use_rule
+from rewire.checkpoint import config, load_config, save_config
+from rewire.convert import convert, feedback, mirror, output_error, restore, scales, use_rule
+from rewire.diagnose.alignment import Alignment, alignment
+from rewire.diagnose.recorder import Recorder
 from rewire.diagnose.verify import verify
 from rewire.errors import ConversionError, PassError, RewireError, RewireWarning, RoutingError
 from rewire.rules import DirectRule, LocalRule, Rule, register_rule, rules
@@ -12,22 +15,29 @@ from rewire.targets import targets
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "ConversionError",
     "DirectRule",
     "LocalRule",
     "PassError",
+    "Recorder",
     "RewireError",
     "RewireWarning",
     "RoutingError",
     "Rule",
+    "alignment",
     "backward_streamed",
+    "config",
     "convert",
     "feedback",
     "functional",
+    "load_config",
+    "mirror",
     "output_error",
     "register_rule",
     "restore",
     "rules",
+    "save_config",
     "scales",
     "structures",
     "summary",

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewire import hosts, jvp, learned, structures
+from rewire import following, hosts, jvp, learned, structures
+from rewire.arguments import check_model
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
+from rewire.guard import MODES, Guard
 from rewire.layers.own_forward import OwnForward
-from rewire.rules import DirectRule, LocalRule, Rule, Schedule, resolve
+from rewire.rules import DirectRule, LearnedDirect, LearnedLocal, LocalRule, Rule, Schedule, resolve
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
 from rewire.wiring import LayerState, Role, Wiring, parts_of, weight_scale
 
 M = TypeVar("M", bound=nn.Module)
+_LARGEST = sys.float_info.max
 
 
 def convert(
@@ -33,6 +36,7 @@ def convert(
     scale: str | float | Mapping[str, float] = "auto",
     seed: int = 0,
     derivative: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] | None = None,
+    on_nonfinite: str | None = None,
 ) -> M:
     """Change how errors travel backwards through ``model``, in place, and return it.
 
@@ -65,6 +69,13 @@ def convert(
         seed: of all random feedback.
         derivative: ``{activation type: f'}``: f'(a), of a's shape, replaces the activation's own derivative in
             the backward pass.
+        on_nonfinite: what to do when the gradient that arrives at a layer's output (at an output layer: e) is not
+            finite, when e is all zeros, or when one is 1,000 times larger than any in the first ten passes.
+            ``"warn"``: say so, once by layer name. ``"raise"``: :class:`PassError`, before it reaches the layer's
+            parameters. ``"skip"``: drop it there, with a warning: parameters it would have reached keep the ``.grad``
+            they had (None after ``zero_grad()``, so that an optimizer leaves them alone); 100 in a row are an error.
+            None: do not look, at no cost. PyTorch's gradient scaler has to see what is not finite: None or
+            ``"warn"`` with it. Looking costs a reduction for each layer and pass, and on a GPU a wait for its result.
 
     Returns:
         ``model``, the same object.
@@ -75,10 +86,9 @@ def convert(
     Example:
         >>> model = rewire.convert(torchvision.models.resnet18(), "dfa", layers={"fc": "bp"})
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert needs a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "convert")
     structure = structures.resolve(feedback)
-    _check_options(skip, scale, seed)
+    _check_options(skip, scale, seed, on_nonfinite)
     earlier = _take_off(model)
     try:
         choices = select(model, rule, layers, blocks)
@@ -88,10 +98,16 @@ def convert(
             structure=structure,
             scale=scale,
             asked=_output_names(choices, output),
+            guard=None if on_nonfinite is None else Guard(on_nonfinite),
         )
         scale_of = _scales_given(choices, scale)
         states = [_state(choice, wiring, scale_of(choice)) for choice in choices]
-        surrogates = _surrogates(model, derivative or {}, choices)
+        surrogates = _surrogates(model, {} if derivative is None else derivative, choices)
+        shared = following.shared_weights(model)
+        for choice, state in zip(choices, states, strict=True):
+            for part in parts_of(choice.rule):
+                state.learner = state.learner or following.learner_for(state, choice.module, part, shared)
+            state.refresh()
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
         _put_back(earlier)
@@ -104,6 +120,9 @@ def convert(
             states_of(choice.module).append(state)
         else:
             swap_in(choice.module, cls, Parts([state]))
+    for choice, state in zip(choices, states, strict=True):
+        if state.learner is not None:
+            state.learner.begin(choice.module)
     for module, surrogate_cls, surrogate in surrogates:
         swap_in(module, surrogate_cls, surrogate)
     for module in model.modules():
@@ -124,6 +143,7 @@ def restore(model: M) -> M:
         ConversionError: if something put a class of its own on top of a converted layer (a parametrization,
             ``fully_shard``): that has to come off first.
     """
+    check_model(model, "restore")
     _take_off(model)
     for module in model.modules():
         hosts.remove(module)
@@ -139,14 +159,20 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
         rules B, of shape ``(n, *input without batch)`` when every element has its own values and
         ``(n, features)`` when positions share them, n being the number of outputs; known once the layer took
         part in a backward pass. With several output layers the keys of direct rules are ``"layer@output"``.
-        Layers on ``bp``, or with nothing to hand back, are absent. Tensors are detached; changing them in
+        Layers on ``bp``, or with nothing to hand back, are absent, and so are frozen ones
+        below which nothing trains. Tensors are detached; changing them in
         place changes the feedback of ``fa``, and of direct rules where all of B is kept
         (:class:`rewire.structures.Dense`). For other structures this is the equivalent B, made for the caller.
     """
     found: dict[str, Tensor] = {}
     for module, state in _states(model):
         rule = state.rule
-        if isinstance(rule, LocalRule):
+        if state.idle:
+            continue
+        if isinstance(rule, LearnedLocal):
+            if state.learner is not None:
+                found[state.name] = state.learner.feedback(module)
+        elif isinstance(rule, LocalRule):
             weight = state.kind.look(module) if state.used is None else state.used
             not_run = state.std is None or (rule.uses_weight and state.used is None)
             if weight.is_meta or (not_run and isinstance(state.kind, OwnForward)):
@@ -190,6 +216,35 @@ def scales(model: nn.Module) -> dict[str, float]:
     return found
 
 
+def mirror(model: M, steps: int = 1000) -> dict[str, float]:
+    """Run mirror steps on all layers under ``wm``, with the weights as they are.
+
+    Each layer is given noise of its own, at one position, without bias and what follows it; no input is needed, and
+    nothing but the feedback changes: gradients, batch statistics and random state are as before. To be called by every
+    rank, or by none.
+
+    Args:
+        model: a converted model.
+        steps: number of steps; about 5 / rate of them make B forget what it was.
+
+    Returns:
+        The angle between W and B in degrees, by layer name.
+
+    Raises:
+        ConversionError: if no layer is under ``wm``, or ``steps`` is no positive whole number.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConversionError(f"steps is a whole number of at least 1, not {steps!r}")
+    found = [(m, s.learner) for m, s in _states(model) if s.learner is not None and s.learner.rule.every is not None]
+    if not found:
+        raise ConversionError(f"no layer of {type(model).__name__} is under a rule that mirrors: convert(model, 'wm')")
+    angles: dict[str, float] = {}
+    for module, learner in found:
+        learner.mirror(module, steps)
+        angles[learner.state.name] = learner.angle(module)
+    return angles
+
+
 @contextmanager
 def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     """All converted layers use ``rule`` in forwards inside the block; afterwards each has its own again.
@@ -210,15 +265,27 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     states = [state for _, state in _states(model)]
     for state in states:
         check_rule(state.name, state.kind, chosen)
+        _check_learns(state, chosen)
+        for part in parts_of(chosen):
+            if isinstance(part, LearnedLocal) and (state.learner is None or repr(state.learner.rule) != repr(part)):
+                raise ConversionError(
+                    f"layer {state.label} has no feedback that {part!r} could use: it learns, and is made by "
+                    f"convert(model, {repr(part)!r})"
+                )
     before = [state.given for state in states]
+    wirings = dict.fromkeys(state.wiring for state in states)
     probed = jvp.attach(model, [chosen], states[0].wiring)
     try:
         for state in states:
             state.use(chosen)
+        for wiring in wirings:
+            wiring.refresh()
         yield model
     finally:
         for state, old in zip(states, before, strict=True):
             state.use(old)
+        for wiring in wirings:
+            wiring.refresh()
         if probed:
             jvp.remove(model)
 
@@ -226,14 +293,17 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
 # -- parts -------------------------------------------------------------------------------------------
 
 
-def _check_options(skip: object, scale: object, seed: object) -> None:
-    if skip not in ("keep", "cut"):
+def _check_options(skip: object, scale: object, seed: object, on_nonfinite: object) -> None:
+    if not isinstance(skip, str) or skip not in ("keep", "cut"):
         raise ConversionError(f"skip is 'keep' or 'cut', not {skip!r}")
+    if on_nonfinite is not None and not (isinstance(on_nonfinite, str) and on_nonfinite in MODES):
+        hint = nearest(on_nonfinite, MODES) if isinstance(on_nonfinite, str) else ""
+        raise ConversionError(f"on_nonfinite is {', '.join(map(repr, MODES))} or None, not {on_nonfinite!r}{hint}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ConversionError(f"seed is an int, not {seed!r}")
-    values = scale.values() if isinstance(scale, Mapping) else () if scale == "auto" else (scale,)
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    auto = isinstance(scale, str) and scale == "auto"
+    for value in scale.values() if isinstance(scale, Mapping) else () if auto else (scale,):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
             raise ConversionError(
                 f"scale is 'auto' or a positive number (or a dict of them by layer name), not {value!r}"
             )
@@ -247,15 +317,28 @@ def _check_structure(rule: Rule) -> None:
         structures.resolve(rule.feedback)
 
 
+def _check_learns(state: LayerState, rule: Rule | None = None) -> None:
+    """Feedback that learns is a matrix of its own, not one that structures make."""
+    for part in parts_of(state.given if rule is None else rule):
+        structure = state.structure(part)
+        if isinstance(part, LearnedDirect) and not isinstance(structure, structures.Dense):
+            raise ConversionError(
+                f"layer {state.label}: {part!r} learns all of B, which feedback {structure!r} does not keep: use "
+                "'dense', 'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
+            )
+
+
 def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if output is None:
         return None
+    if not isinstance(output, (str, Sequence)):
+        raise ConversionError(f"output is a layer's name, or several, or None to have it found, not {output!r}")
     asked = (output,) if isinstance(output, str) else tuple(output)
     known = {name: choice.name for choice in choices for name in choice.names}
     if not asked:
         raise ConversionError("output is a layer's name, or several, or None to have it found")
     for name in asked:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             hint = nearest(name, known) if isinstance(name, str) else ""
             raise ConversionError(f"output: no layer is named {name!r}{hint}; layers: {_some(known)}")
     return tuple(dict.fromkeys(known[name] for name in asked))
@@ -271,7 +354,8 @@ def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float
         known = {choice.name for choice in choices}
         for name in scale:
             if name not in known:
-                raise ConversionError(f"scale: no layer is named {name!r}{nearest(name, known)}")
+                hint = nearest(name, known) if isinstance(name, str) else ""
+                raise ConversionError(f"scale: no layer is named {name!r}{hint}")
         return lambda choice: scale.get(choice.name)
     if isinstance(scale, str):
         return lambda choice: None
@@ -288,6 +372,7 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
             state.std, state.std_note = weight_scale(weight)
     if wiring.asked is not None and choice.name in wiring.asked:
         state.role = Role.OUTPUT
+    _check_learns(state)
     if choice.part or choice.within is not None:
         state.functional = True  # given to the attention's function
     if isinstance(choice.rule, Schedule):
@@ -299,6 +384,8 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
 def _surrogates(
     model: nn.Module, derivative: Mapping[type[nn.Module], Callable[[Tensor], Tensor]], choices: list[Choice]
 ) -> list[tuple[nn.Module, type[nn.Module], DerivativeState]]:
+    if not isinstance(derivative, Mapping):
+        raise ConversionError(f"derivative: a dict {{module type: function of a}} is needed, not {derivative!r}")
     taken = {choice.module for choice in choices}
     found: list[tuple[nn.Module, type[nn.Module], DerivativeState]] = []
     for kind, function in derivative.items():
@@ -342,6 +429,7 @@ def _put_back(taken: _Taken) -> None:
 
 
 def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
+    check_model(model, "rewire")
     found = [(module, state) for module in model.modules() for state in states_of(module)]
     if not found:
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")

@@ -12,6 +12,10 @@ from torch.autograd import Function, forward_ad
 from rewire.errors import PassError
 from rewire.swap import STATE, derive
 
+# Not annotated in PyTorch.
+unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
+make_dual: Callable[..., Tensor] = forward_ad.make_dual
+
 Derivative = Callable[[Tensor], Tensor]
 
 

@@ -15,6 +15,7 @@ own and no gradient flows from its output to its input. What x gets instead come
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ from rewire.structures.base import Cache
 if TYPE_CHECKING:
     from rewire.rules.base import DirectRule
     from rewire.wiring import LayerState
+
+
+_graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def alias(y: Tensor) -> Tensor:
@@ -83,11 +87,26 @@ _tickets: dict[torch.device, Tensor] = {}
 Feed = tuple["LayerState", "DirectRule", list[OutputError], int, Wall | None, Pick | None, Tensor | None]
 
 
-def _feed(feed: Feed, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def laid_out(x: Tensor) -> torch.memory_format:
+    """How x lies in memory: what comes back to it had better lie the same way."""
+    dims = x.dim()
+    if 4 <= dims <= 5 and not x.is_contiguous():
+        last = torch.channels_last if dims == 4 else torch.channels_last_3d
+        if x.is_contiguous(memory_format=last):
+            return last
+    return torch.contiguous_format
+
+
+def _feed(
+    feed: Feed, layout: torch.memory_format, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
     """The feedback of all errors that arrived in this backward pass."""
     state, rule, errors, index, wall, pick, seen = feed
     fed = state.hand_back(rule, errors, index, shape, dtype, device, pick, seen)
-    if wall is not None and fed is not None:
+    if fed is None:
+        return None
+    fed = fed.contiguous(memory_format=layout)
+    if wall is not None:
         wall.add(fed)
     return fed
 
@@ -101,16 +120,14 @@ class Port(Function):
         ctx.feed = feed
         device = x.device
         ctx.like = (x.shape, x.dtype, device)
+        ctx.layout = laid_out(x)
         if device not in _tickets:
             _tickets[device] = torch.zeros((), device=device)
         return _tickets[device].detach()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        state, rule, errors, index, wall, pick, seen = ctx.feed
-        if wall is not None or pick is not None or seen is not None:
-            return _feed(ctx.feed, *ctx.like), None
-        return state.hand_back(rule, errors, index, *ctx.like), None
+        return _feed(ctx.feed, ctx.layout, *ctx.like), None
 
 
 class Probe(Function):
@@ -126,6 +143,7 @@ class Probe(Function):
         ctx.feed = feed
         ctx.learn = feed[0].exact
         ctx.like = (x.shape, x.dtype, x.device)
+        ctx.layout = laid_out(x)
         return x.view_as(x)
 
     @staticmethod
@@ -133,7 +151,7 @@ class Probe(Function):
         state, rule, errors, index, _, pick, seen = ctx.feed
         measure = state.needs_scale(rule)
         if not measure and not ctx.learn:
-            return _feed(ctx.feed, *ctx.like), None
+            return _feed(ctx.feed, ctx.layout, *ctx.like), None
         if exact is not None:
             if ctx.learn:
                 state.study(rule, errors, index, exact, pick, seen)
@@ -148,7 +166,7 @@ class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
     A ticket x Bᵀ, which :func:`rewire.run.steady_direct` makes where n is small, gets the rule's signal of e as its
-    gradient, and PyTorch's own product hands e B on to x. Such tickets come last, ``mirrored`` holds their rules.
+    gradient, and PyTorch's own product hands e B on to x. Such tickets come last, ``mirrored`` holds their calls.
 
     Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
     layer under a direct rule).
@@ -161,11 +179,12 @@ class Join(Function):
         state: LayerState,
         error: OutputError | None,
         nested: bool,
-        mirrored: list[DirectRule],
+        mirrored: list[Call],
         *tickets: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.state, ctx.error, ctx.nested, ctx.mirrored = state, error, nested, mirrored
+        ctx.rules = [call.mirrored[1] for call in mirrored if call.mirrored is not None]
         ctx.tickets = len(tickets) - len(mirrored)
         # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
         # place is allowed or refused exactly as for y itself.
@@ -179,7 +198,11 @@ class Join(Function):
             if ctx.nested:
                 raise PassError(reentrant_message(ctx.state.label))
             if ctx.state.wiring.error_reached(ctx.state, error, gradient):
-                mirrored = [error.signal(rule) for rule in ctx.mirrored]
+                mirrored = [error.signal(rule) for rule in ctx.rules]
+                if ctx.mirrored and not _graph_is_kept():
+                    for call in ctx.mirrored:  # x need not outlive its own layer's backward
+                        call.mirrored = None
+                        call.tickets = []
                 error.let_go()
         return (gradient, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
 
@@ -189,8 +212,8 @@ class Project(Function):
 
     A pure function of its tensor inputs, so every ``torch.func`` transform applies.
 
-    Inputs: y, the targets or None, the output error's place, the fed (layer, rule, input) triples, and the
-    fed tensors x in the same order.
+    Inputs: y, the targets or None, the output error's place, the fed (layer, rule, input, whether B is given), the
+    fed tensors x in the same order, and then the B that are given (:mod:`rewire.stacked`). Others are the layers' own.
     """
 
     generate_vmap_rule = True
@@ -200,30 +223,33 @@ class Project(Function):
         y: Tensor,
         targets: Tensor | None,
         error: OutputError,
-        plan: Sequence[tuple[LayerState, DirectRule, int]],
-        *fed: Tensor,
+        plan: Sequence[tuple[LayerState, DirectRule, int, bool]],
+        *tensors: Tensor,
     ) -> Tensor:
         return y.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, targets, ctx.error, ctx.plan, *fed = inputs
-        ctx.shapes = [(x.shape, x.dtype) for x in fed]
-        ctx.save_for_backward(targets)
+        _, targets, ctx.error, ctx.plan, *tensors = inputs
+        count = len(ctx.plan)
+        ctx.shapes = [(x.shape, x.dtype) for x in tensors[:count]]
+        ctx.save_for_backward(targets, *tensors[count:])
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         error: OutputError = ctx.error
-        (targets,) = ctx.saved_tensors
+        targets, *given = ctx.saved_tensors
         signals: dict[DirectRule, Tensor] = {}
         shared: Cache = {}
         fed: list[Tensor] = []
-        for (state, rule, index), (shape, dtype) in zip(ctx.plan, ctx.shapes, strict=True):
+        own = iter(given)
+        for (state, rule, index, is_given), (shape, dtype) in zip(ctx.plan, ctx.shapes, strict=True):
             if rule not in signals and not rule.silent:
                 signals[rule] = rule.signal(e, targets, error.axis)
             signal = signals.get(rule, e)
-            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device, shared))
-        return (e, None, None, None, *fed)
+            B = next(own) if is_given else None
+            fed.append(state.project(rule, error, signal, index, shape, dtype, e.device, shared, B).contiguous())
+        return (e, None, None, None, *fed, *(None for _ in given))
 
 
 class Carry(Function):
@@ -276,8 +302,17 @@ def check(call: Call, nested: bool, gradients: Sequence[Tensor | None]) -> None:
             f"layer {label} got a gradient, but no output error can reach it: its output went to the loss without "
             f"passing output layer {wiring.outputs_label()}. Call the whole model; or name every layer the loss "
             f"sees, output=[...]; or keep this part on backprop, layers={{{name!r}: 'bp'}}; or run it under "
-            "rewire.use_rule(model, 'bp') or torch.no_grad()"
+            f"rewire.use_rule(model, 'bp') or torch.no_grad(){_STAGES if _pipelining() else ''}"
         )
+
+
+_STAGES = (
+    ". Of a pipeline only the last stage has the output error: use a local rule, layers={...: 'fa'}, in the others"
+)
+
+
+def _pipelining() -> bool:
+    return "torch.distributed.pipelining" in sys.modules
 
 
 def reentrant_message(label: str) -> str:

@@ -64,11 +64,13 @@ def exchange_within(
     shape: torch.Size,
     others: list[nn.Parameter],
     backward: BackwardWeight,
+    transposed: bool = False,
 ) -> int:
     """:func:`exchange` for a forward of any kind: every operation with a weight of ``shape``.
 
     Args:
         others: weights that are not meant, though of that shape.
+        transposed: as for :func:`exchange`.
 
     Returns:
         How many operations were found.
@@ -89,6 +91,7 @@ def exchange_within(
             weight: Tensor | None = None if saved is None else getattr(node, place.replace("_raw", ""))
             if weight is None or weight.data_ptr() in pointers:
                 continue
+            turned = turned and not transposed
             if weight.shape == (shape[::-1] if turned else shape):
                 _put(saved, backward, turned, note=True)
                 count += 1
@@ -117,6 +120,9 @@ class Exchange:
         backward = self.backward
         if self.note:
             backward.note(weight)
+        later = backward.later(weight)
+        if later is not None:
+            return later
         random = backward.random(weight)
         if backward.keep:
             return weight, weight._version, random
@@ -130,6 +136,9 @@ class Exchange:
         """What is kept to B, as the operation would have kept it."""
         if isinstance(packed, Tensor):
             return packed
+        if callable(packed):
+            made: Tensor = packed()
+            return made.t() if self.turned else made
         weight, version, random = packed
         if weight is not None and weight._version != version:
             raise RuntimeError(

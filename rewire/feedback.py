@@ -60,6 +60,19 @@ TERNARY = math.sqrt(1.5)
 DISTRIBUTIONS: dict[str, Fill] = {"normal": _normal, "uniform": _uniform, "binary": _binary, "ternary": _ternary}
 
 
+def streams(name: str, index: int, output: str, outputs: Sequence[str]) -> tuple[str, str]:
+    """Random streams of a direct rule's B: (of one layer input, of what all layers share).
+
+    Args:
+        name: the layer's qualified name.
+        index: number of the input.
+        output: name of the output layer whose error is fed back.
+        outputs: all of them. Each after the first has feedback of its own.
+    """
+    suffix = f"@{output}" if output in outputs and outputs.index(output) > 0 else ""
+    return (name if index == 0 else f"{name}#{index}") + suffix, suffix
+
+
 def stream_key(seed: int, name: str, shape: Sequence[int], distribution: str, draw: int, chunk: int) -> int:
     """A 128-bit key for one chunk's random stream.
 

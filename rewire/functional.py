@@ -35,7 +35,10 @@ def _given(weight: Tensor | None, random: Tensor | None) -> Tensor:
     return random
 
 
-def _check(W: Tensor, B: Tensor) -> None:
+def _check(x: Tensor, W: Tensor, B: Tensor) -> None:
+    for name, given in (("x", x), ("W", W), ("B", B)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(given).__name__}")
     if W.shape != B.shape:
         raise RewireError(f"B must have the weight's shape {tuple(W.shape)}, not {tuple(B.shape)}")
 
@@ -53,7 +56,7 @@ def linear(x: Tensor, W: Tensor, B: Tensor, bias: Tensor | None = None) -> Tenso
     Returns:
         (*, out).
     """
-    _check(W, B)
+    _check(x, W, B)
     return operations.linear(x, W, bias, B.detach(), _given, keep=False)
 
 
@@ -68,7 +71,7 @@ def _convolve(
     dilation: Numbers,
     groups: int,
 ) -> Tensor:
-    _check(W, B)
+    _check(x, W, B)
     dilation = _numbers(dilation, rank)
     padding = padding if isinstance(padding, str) else _numbers(padding, rank)
     x, padding = same_padding(x, padding, tuple(W.shape[2:]), dilation)
@@ -142,7 +145,7 @@ def _convolve_transposed(
     groups: int,
     dilation: Numbers,
 ) -> Tensor:
-    _check(W, B)
+    _check(x, W, B)
     return operations.convolution(
         x,
         W,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from rewire import attention, uses
+from rewire import attention, traced, uses
 from rewire.errors import PassError
 from rewire.passes import backward_id
 from rewire.uses import Owned
@@ -61,7 +61,7 @@ class Host:
     def unseen(self, module: nn.Module) -> None:
         """After a first forward: should a weight that nobody was seen using get a gradient, say so."""
         for name, state in self.below:
-            weight = module.get_submodule(name)._parameters.get(state.kind.parameter)
+            weight = state.kind.own(module.get_submodule(name))
             if weight is not None and weight.requires_grad and not (state.ran or state.functional):
                 hook: Any = weight.register_hook
                 self.handles.append(hook(partial(_unseen, state)))
@@ -92,6 +92,8 @@ def enter(module: nn.Module, args: Any) -> None:
         return
     host: Host = module.__dict__[_ATTRIBUTE]
     if torch.compiler.is_compiling():
+        if traced.exports(module.training):
+            return
         if host.used:
             raise PassError(
                 f"{type(module).__name__} uses the weight of layer {host.used[0][1].label} itself, which a compiled "
@@ -191,6 +193,7 @@ class Watch(TorchFunctionMode):
     Attributes:
         batch_first: of the attention that is being watched.
         owned: the watched weights, and what modules made of them, by the tensor's identity.
+        tied: the further layers that have a watched weight too.
         stack: the modules being watched, outermost first, their hosts, and the weights watched for on their behalf.
     """
 
@@ -198,6 +201,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.batch_first = False
         self.owned: dict[int, Owned] = {}
+        self.tied: dict[int, list[LayerState]] = {}
         self.stack: list[tuple[nn.Module, Host | None, list[Owned]]] = []
 
     def add(self, module: nn.Module, host: Host | None, layers: list[tuple[str, LayerState]]) -> None:
@@ -205,10 +209,14 @@ class Watch(TorchFunctionMode):
         added: list[Owned] = []
         for name, state in layers:
             layer = module.get_submodule(name)
-            weight = layer._parameters.get(state.kind.parameter)
-            if weight is not None and id(weight) not in self.owned:
+            weight = state.kind.own(layer)
+            if weight is None:
+                continue
+            if id(weight) not in self.owned:
                 owned = self.owned[id(weight)] = Owned(layer, state, name, weight, weight)
                 added.append(owned)
+            elif self.owned[id(weight)].state is not state:
+                self.tied.setdefault(id(weight), []).append(state)
         self.stack.append((module, host, added))
 
     def drop(self, module: nn.Module) -> bool:
@@ -221,11 +229,13 @@ class Watch(TorchFunctionMode):
         return not self.stack
 
     def owner(self, t: Tensor) -> Owned | None:
-        """Whose weight ``t`` is, or is a view of; nobody's while that layer itself is running."""
+        """Whose weight ``t`` is, or is a view of; nobody's while that layer, or one that shares it, is running."""
         owned = self.owned.get(id(t))
         if owned is None and t._is_view():
             owned = self.owned.get(id(t._base))
-        return None if owned is None or owned.state.running() else owned
+        if owned is None or owned.state.running():
+            return None
+        return None if any(state.running() for state in self.tied.get(id(owned.weight), ())) else owned
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -256,7 +266,7 @@ class Watch(TorchFunctionMode):
         state = owned.state
         if not state.functional:
             state.functional = True
-            state.refresh()
+            state.changed()
         for _, host, _ in reversed(self.stack):
             if host is None or any(known is state for _, known in host.used):
                 return

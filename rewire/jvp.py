@@ -14,11 +14,12 @@ Probes are taken by a hook on the module that was converted: parts of it that ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, cast
 
 import torch
+import torch.autograd.forward_ad as forward_mode
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,8 +34,9 @@ from rewire.rules.base import LearnedDirect, Rows, Rule
 from rewire.wiring import LayerState, Role, Wiring, parts_of
 
 # Not annotated in PyTorch.
-forward_mode: Any = torch.autograd.forward_ad
-
+_unpack: Callable[[Tensor], Any] = forward_mode.unpack_dual
+_dual: Callable[..., Tensor] = forward_mode.make_dual
+_outside_of_graphs: Callable[..., Callable[[Callable[..., None]], Callable[..., None]]] = torch.compiler.disable
 _KEY = "rewire_probe"
 _ATTRIBUTE = "_rewire_probe"
 
@@ -61,12 +63,13 @@ def remove(module: nn.Module) -> None:
         hooks.pop(_KEY, None)
 
 
-def _probe_before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+@_outside_of_graphs(reason="rewire: a probe is a forward of its own")
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted model: a probe, if the pass that begins is to have one."""
     if not torch.is_grad_enabled() or backward_id() != -1 or torch._C._are_functorch_transforms_active():
         return
     wiring: Wiring = model.__dict__[_ATTRIBUTE]
-    if wiring.frozen:
+    if wiring.rests:
         return
     if wiring.unsettled:
         wiring.settle()
@@ -79,11 +82,6 @@ def _probe_before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if rule.samples is not None:
             args, kwargs = _slice((args, kwargs), rule.samples)
         probe(model, wiring, chosen, args, kwargs)
-
-
-# A graph break where the model is compiled: a probe is a forward of its own.
-_disable: Any = torch.compiler.disable
-_before_forward = _disable(_probe_before, reason="rewire: a forward-mode probe is a forward of its own")
 
 
 def due(wiring: Wiring) -> list[LayerState]:
@@ -103,7 +101,7 @@ def due(wiring: Wiring) -> list[LayerState]:
                 "stays as it was drawn",
             )
             continue
-        turn = rule.probe(wiring.passes)
+        turn = rule.probe_number(wiring.passes)
         if turn is not None:
             (able if rule.together else turns).append(state)
             number = turn
@@ -150,7 +148,7 @@ class Probe:
         output = forward(module, *args, **kwargs)
         if state.role is Role.OUTPUT:
             for y in tree_flatten(output)[0]:
-                u = forward_mode.unpack_dual(y).tangent if isinstance(y, Tensor) else None
+                u = _unpack(y).tangent if isinstance(y, Tensor) else None
                 if u is not None:
                     self.arrived.append((state, u))
         return output
@@ -170,8 +168,8 @@ class Probe:
             x = leaves[place]
             v = self._tangent(state, x)
             self.put.append((state, index, v))
-            primal, before = forward_mode.unpack_dual(x)
-            leaves[place] = forward_mode.make_dual(primal, v if before is None else before + v)
+            primal, before = _unpack(x)
+            leaves[place] = _dual(primal, v if before is None else before + v)
         return tree_unflatten(leaves, spec)
 
     def _tangent(self, state: LayerState, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rewire.distributed import sum_tensors_over_ranks
+from rewire.distributed import Groups, sum_tensors_over_ranks
 from rewire.errors import PassError
 from rewire.feedback import standard_normal
 from rewire.rules.base import DirectRule, LearnedDirect, Rows, Rule
@@ -171,7 +171,7 @@ def hand_back(
         find_shapes(state, rule, errors, index, shape, dtype, device, pick)
     if C is not None and rule.context:
         e = together(state, rule, errors, index, shape, dtype, pick)
-    if rule.watches:
+    if rule.watches and not state.wiring.rests:
         gather(state, rule, errors, index, shape, None, pick, seen, dtype)
     fed = state.hand_back(rule, errors, index, shape, dtype, device, pick)  # lets go of e
     if e is None or fed is None or C is None:
@@ -230,7 +230,11 @@ def step(wiring: Wiring) -> bool:
     """
     wiring.passes += 1
     learners = [state for state in wiring.layers.values() if isinstance(state.rule, LearnedDirect)]
-    _sum_over_ranks(learners)
+    _sum_over_ranks(learners, wiring.groups)
+    samples = [
+        sums["samples"] for state in learners if state.exact for sums in state.gathered.values() if "samples" in sums
+    ]
+    wiring.sampled = wiring.sampled + max(int(number) for number in samples) if samples else 0
     for state in learners:
         rule = state.rule
         assert isinstance(rule, LearnedDirect)
@@ -240,16 +244,16 @@ def step(wiring: Wiring) -> bool:
     changed = False
     for state in learners:
         assert isinstance(state.rule, LearnedDirect)
-        exact = state.rule.exact(wiring.passes)
+        exact = not wiring.rests and state.rule.exact(wiring.passes, wiring.sampled)
         changed |= exact != state.exact
         state.exact = exact
     return changed
 
 
-def _sum_over_ranks(learners: list[LayerState]) -> None:
+def _sum_over_ranks(learners: list[LayerState], groups: Groups) -> None:
     places = [(state, index) for state in learners for index in sorted(state.gathered)]
     tensors = [value for state, index in places for _, value in sorted(state.gathered[index].items())]
-    summed = iter(sum_tensors_over_ranks(tensors))
+    summed = iter(sum_tensors_over_ranks(tensors, groups))
     for state, index in places:
         state.gathered[index] = {name: next(summed) for name in sorted(state.gathered[index])}
 
@@ -261,6 +265,13 @@ def joined(state: LayerState, index: int) -> Tensor:
 
 
 def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> None:
+    if not all(bool(value.isfinite().all()) for value in sums.values()):
+        state.wiring.warn_once(
+            f"learn:{state.name}",
+            f"layer {state.label}: a pass from which its feedback was to learn is not finite, and is left out (usual "
+            "for the first steps under a gradient scaler)",
+        )
+        return
     held = [state.held(output, index) for output, i in state.shapes if i == index]
     B = joined(state, index).to(next(iter(sums.values())).dtype)
     memory = state.memory(index)

@@ -20,7 +20,7 @@ from rewire.rules.base import DirectRule
 from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
-    from rewire.wiring import LayerState
+    from rewire.wiring import LayerState, Wiring
 
 Node = torch.autograd.graph.Node
 _ALWAYS = -3  # in place of the number of a backward pass
@@ -145,7 +145,7 @@ class Call:
         pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
-        mirrored: (x, rule), if the ticket is x Bᵀ.
+        mirrored: (x, rule), if the ticket is x Bᵀ. Let go in the backward that frees the graph.
     """
 
     __slots__ = (
@@ -210,7 +210,7 @@ def picked(node: Node) -> Pick | None:
     return call.pick
 
 
-def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
+def upstream(sources: Iterable[Node], wiring: Wiring) -> list[Call]:
     """All calls of layers of ``wiring`` on the way from the graph's leaves to ``sources``."""
     found: dict[int, Call] = {}
     seen: set[Node] = set()
@@ -227,7 +227,9 @@ def upstream(sources: Iterable[Node], wiring: object) -> list[Call]:
                     stack.append(parent)
             continue
         # From here only the inputs matter; how the layer's own weights were made does not.
-        if call.state.wiring is wiring and id(call) not in found:
+        if call.state.wiring is not wiring:
+            wiring.met(call.state)
+        elif id(call) not in found:
             found[id(call)] = call
             if call.own:
                 for feeder in call.feeders:

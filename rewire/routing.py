@@ -74,7 +74,7 @@ class Route:
     runs: bool = True
 
     def __call__(self, signal: Tensor, feedback: Tensor) -> Tensor:
-        """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape, B's dtype."""
+        """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape and B's dtype."""
         if signal.dtype != feedback.dtype:
             signal = signal.to(feedback.dtype)
         if self.plain:  # the hot path of small networks, where every small operation counts
@@ -125,10 +125,10 @@ class _Side:
         return t if self.batch is not None else t.unsqueeze(0)
 
     def back(self, t: Tensor) -> Tensor:
-        """The inverse of :meth:`rows`, contiguous."""
+        """The inverse of :meth:`rows`; strided as it comes, so that whoever asked can lay it out as x is."""
         if self.first:
             t = t.movedim(-1, 1)
-        return t.reshape(self.shape).contiguous()
+        return t.reshape(self.shape)
 
 
 def plan(
@@ -141,6 +141,7 @@ def plan(
     layout: str | None = None,
     e_layout: str | None = None,
     seen: Reading | None = None,
+    stacked: int = 1,
 ) -> Route:
     """Decide the way from an e of ``e_shape`` to an x of ``x_shape``.
 
@@ -150,6 +151,7 @@ def plan(
         layout: ``"sequence_first"`` or ``"batch_first"`` where x's order of dimensions is known.
         e_layout: the same for e.
         seen: a reading that other shapes have shown; decides where several fit.
+        stacked: batches that lie one behind the other in x, for one of e.
 
     Raises:
         RoutingError: when the shapes have no defined way; the message names both.
@@ -164,7 +166,7 @@ def plan(
     x, e = _Side.read(tuple(x_shape), x_axis), _Side.read(tuple(e_shape), e_axis)
     reading, ambiguous, clear = _read_order(x, e, layout, e_layout, seen)
     swap_x, swap_e = reading
-    route = _batch_first(x.swapped(swap_x), e.swapped(swap_e), structure)
+    route = _batch_first(x.swapped(swap_x), e.swapped(swap_e), structure, stacked)
     if swap_x or swap_e:
         inner = route
         route = replace(
@@ -186,7 +188,7 @@ def route_to(x_shape: Shape, x_axis: int, e_shape: Shape, e_axis: int, *, hint: 
     return plan(x_shape, x_axis, e_shape, e_axis, **options)
 
 
-def _batch_first(x: _Side, e: _Side, structure: str) -> Route:
+def _batch_first(x: _Side, e: _Side, structure: str, stacked: int) -> Route:
     """The way, once the batch is known to come first in both (where it is there)."""
     n = e.features
     if _positional(x, e):
@@ -198,7 +200,7 @@ def _batch_first(x: _Side, e: _Side, structure: str) -> Route:
         return _no_batch(x, e, n)
     folded = _frames(x.size, e)
     if folded is not None:
-        inner = _batch_first(x, folded, structure)
+        inner = _batch_first(x, folded, structure, stacked)
         return replace(inner, before=lambda t: inner.before(e.rows(t).reshape(folded.shape)))
     if e.size and x.size % e.size == 0:
         parts = x.size // e.size
@@ -207,8 +209,9 @@ def _batch_first(x: _Side, e: _Side, structure: str) -> Route:
         return Route(
             one.feedback_shape,
             lambda t: _mean_over_grid(e.rows(t)),
-            lambda t: one.after(t).repeat_interleave(parts, 0),
+            lambda t: _repeated(one.after(t), parts, stacked),
             "parts",
+            runs=stacked == 1,
         )
     problem = f"{x.size} rows are neither the batch of {e.size} nor a multiple of it"
     if x.grid and not x.first:  # a table the model makes for itself
@@ -216,6 +219,13 @@ def _batch_first(x: _Side, e: _Side, structure: str) -> Route:
     raise RoutingError(
         f"no defined way from the output error of shape {e.shape} to an input of shape {x.shape}: {problem}"
     )
+
+
+def _repeated(t: Tensor, parts: int, stacked: int) -> Tensor:
+    """Each row of t ``parts`` times: next to itself, but for ``stacked`` copies of it all, one behind the other."""
+    if stacked == 1 or parts % stacked:
+        return t.repeat_interleave(parts, 0)
+    return t.repeat_interleave(parts // stacked, 0).repeat(stacked, *(1,) * (t.dim() - 1))
 
 
 def _positional(x: _Side, e: _Side) -> bool:

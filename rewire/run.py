@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.bypass import direct_uses
 from rewire.edges import Wall, alias, carry, check, join, port, probe, project, wall_at
@@ -24,9 +24,11 @@ from rewire.errors import PassError
 from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learning import look
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, picked, upstream
+from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
 from rewire.picks import Pick, Unclear, pick_of
-from rewire.rules.base import DirectRule, LocalRule
+from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
+from rewire.stacked import given_direct, given_local
+from rewire.stacks import stacked_below
 from rewire.targets import current_targets
 from rewire.wiring import LayerState, Role, Wiring
 
@@ -90,16 +92,20 @@ def run(
         index: number of the (first) input, for layers with several.
     """
     if not state.watched:
-        return _run(state, module, forward, args, kwargs, kind or state.kind, index)
-    # What watches for uses of the weight elsewhere must not take the layer itself for one.
-    me = get_ident()
-    if me in state.busy:
-        return forward(module, *args, **kwargs)
-    state.busy.add(me)
-    try:
-        return _run(state, module, forward, args, kwargs, kind or state.kind, index)
-    finally:
-        state.busy.discard(me)
+        output = _run(state, module, forward, args, kwargs, kind or state.kind, index)
+    else:
+        # What watches for uses of the weight elsewhere must not take the layer itself for one.
+        me = get_ident()
+        if me in state.busy:
+            return forward(module, *args, **kwargs)
+        state.busy.add(me)
+        try:
+            output = _run(state, module, forward, args, kwargs, kind or state.kind, index)
+        finally:
+            state.busy.discard(me)
+    if state.wiring.guard is not None:
+        state.wiring.guard.watch(state, output)
+    return output
 
 
 def _run(
@@ -114,12 +120,28 @@ def _run(
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
+    if not _takes_part(module, args, kwargs):
+        return _idle(state, forward(module, *args, **kwargs))
+    if state.idle:
+        state.wake()
     if state.role is Role.UNKNOWN:
         state.wiring.note_weight(state, module)
+        if state.active:
+            state.check_ranks(module)
+        state.fed = state.fed or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))
     rule = state.rule
+    if rule.learns:
+        state.wiring.note_ranks(module)
     if not state.linked and backward_id() == -1:
         state.link(module)
         state.refresh()
+    learner = state.learner
+    stand_in: Tensor | None = None
+    if learner is not None:
+        learner.enter(module)
+        if kind is state.kind and kind.parameter in module._parameters:  # a use by another module has seen to it
+            stand_in = learner.stand_in(module, kind.weight(module))
+            forward = _with(kind, stand_in)
     if isinstance(rule, DirectRule):
         if _transforming():
             return _transformed(state, rule, module, forward, args, kwargs, index)
@@ -127,7 +149,11 @@ def _run(
             _refuse_picks(state)
             return stream.direct(state, rule, module, forward, args, kwargs, index)
         return _direct(state, rule, module, forward, args, kwargs, index)
-    if isinstance(rule, LocalRule):
+    if isinstance(rule, LearnedLocal):
+        assert learner is not None
+        output = kind.run(module, forward, args, kwargs, learner.backward(module, stand_in))
+        learner.watch(module, output, kind.delta_axis(output), index)
+    elif isinstance(rule, LocalRule):
         output = kind.run(module, forward, args, kwargs, _backward(state, rule))
     else:
         output = forward(module, *args, **kwargs)
@@ -136,8 +162,47 @@ def _run(
     if _transforming():
         return _transformed_output(state, output, args, kwargs)
     x = args[0] if args else None
-    pick = _pick(state, x) if (state.picks or state.role is Role.UNKNOWN) and isinstance(x, Tensor) else None
+    pick = _pick(state, x) if (state.picks or _new(state)) and isinstance(x, Tensor) else None
     return finish(state, output, _sources(args, kwargs), [], [], 0, pick)
+
+
+def _takes_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether anything about the call may need a gradient. It does not where the layer and all below are frozen."""
+    if kwargs or len(args) != 1:
+        args = (*args, *kwargs.values())
+    for x in args:
+        # What is no tensor may hold some; only blocks are given such.
+        if not isinstance(x, Tensor):
+            if any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(x)[0]):
+                return True
+        elif x.requires_grad:
+            return True
+    own = module.parameters() if module._modules else module._parameters.values()
+    for p in own:  # noqa: SIM110  (this runs in every call of every frozen layer)
+        if p is not None and p.requires_grad:
+            return True
+    return False
+
+
+def _idle(state: LayerState, output: Any) -> Any:
+    """What a layer returns that takes no part: its output, and no trace on any graph."""
+    state.idle = True
+    if isinstance(output, Tensor) and not output.requires_grad:
+        return output
+    # A weight given from outside, or a forward that asks for a gradient itself.
+    if any(isinstance(y, Tensor) and y.requires_grad for y in tree_flatten(output)[0]):
+        state.wake()
+        return finish(state, output, [], [], [], 0)
+    return output
+
+
+def _with(kind: Kind, weight: Tensor) -> Forward:
+    """The layer's forward with another tensor in its weight's place."""
+
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return kind.operate(module, weight, *args, **kwargs)
+
+    return forward
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
@@ -155,7 +220,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours.
         ticket = linear(x, B)
         call = Call(state, [] if node is None else [node], [ticket], errors)
-        call.mirrored = (x, state.rule)  # type: ignore[assignment]
+        call.mirrored = x, state.rule  # type: ignore[assignment]
     else:
         ticket = port(x, (state, state.rule, errors, 0, None, None, None))
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
@@ -217,8 +282,37 @@ class _Backward(BackwardWeight):
         return self.rule.backward_weight(weight, random, self.scale)
 
 
-def _backward(state: LayerState, rule: LocalRule) -> _Backward:
-    """What makes B in this call; the same object each time, unless R is drawn anew."""
+class _Given(BackwardWeight):
+    """The backward weight of one of several models that run as one (:mod:`rewire.stacked`).
+
+    R and s arrive in one tensor, as an input of the operation: what a transform is to map over cannot be a number
+    that our code remembers.
+    """
+
+    lasting = False
+
+    def __init__(self, state: LayerState, rule: LocalRule, packed: Tensor) -> None:
+        self.state = state
+        self.rule = rule
+        self.packed = packed
+        self.keep = rule.uses_weight
+
+    def random(self, weight: Tensor) -> Tensor | None:
+        self.shape = weight.shape
+        if self.packed.numel() != 1 + (weight.numel() if self.rule.random else 0):
+            raise PassError(f"layer {self.state.label}: the feedback given is not of the shape of its weight")
+        return self.packed
+
+    def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
+        assert random is not None
+        R = random[:-1].reshape(self.shape) if self.rule.random else None
+        return self.rule.backward_weight(weight, R, random[-1])  # type: ignore[arg-type]
+
+
+def _backward(state: LayerState, rule: LocalRule) -> BackwardWeight:
+    """What makes B in this call; the same object each time, unless R is drawn anew, or given from outside."""
+    if _transforming() and (packed := given_local(state)) is not None:
+        return _Given(state, rule, packed)
     if rule.redraw:
         if backward_id() == -1:  # a recomputation in backward is still the same pass
             state.draws += 1
@@ -240,11 +334,13 @@ def _direct(
 ) -> Any:
     """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
     errors: list[OutputError] = []
+    if not state.settled:
+        state.wiring.note_ranks(module)
     if not kwargs and len(args) == 1 and isinstance(x := args[0], Tensor):  # nearly every layer
         if not x.requires_grad:
             return finish(state, forward(module, x), [], [], errors, 0)
         node = x.grad_fn
-        pick = _pick(state, x) if state.picks or state.role is Role.UNKNOWN else None
+        pick = _pick(state, x) if state.picks or _new(state) else None
         feed = (state, rule, errors, index, _wall(state, rule, x), pick, look(state, rule, x))
         sources = [] if node is None else [node]
         if state.settled:
@@ -289,6 +385,8 @@ def finish(
     """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
     call = Call(state, sources, tickets, errors, ports)
     call.pick = pick
+    if state.start is None and backward_id() == -1:
+        state.note_start(output)
     joins = state.joins
     return _mark(state, call, output, joins) if isinstance(output, Tensor) else _mark_all(state, call, output, joins)
 
@@ -298,6 +396,7 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
     if _stream(state) is not None:  # whose first graph keeps no index
         _refuse_picks(state)
         return None
+    _note_stacks(state, x)
     try:
         pick = pick_of(x, picked)
     except Unclear:
@@ -313,8 +412,26 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
         return None
     if pick is not None and not state.picks:
         state.picks = True
-        state.refresh()
+        state.changed()
     return pick
+
+
+def _new(state: LayerState) -> bool:
+    return state.role is Role.UNKNOWN or not state.wiring.looked
+
+
+def _note_stacks(state: LayerState, x: Tensor) -> None:
+    """Should x be all parts of what lies in several batches below, the layers down there have to know."""
+    for node, count in stacked_below(x, _is_call).items():
+        call: Call = metadata(node)[CALL]
+        for lower in (call, *upstream(call.sources, state.wiring)):
+            if lower.state.stacked != count:
+                lower.state.stacked = count
+                lower.state.changed()
+
+
+def _is_call(node: Node) -> bool:
+    return CALL in metadata(node)
 
 
 def _refuse_picks(state: LayerState) -> None:
@@ -365,7 +482,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     feeders = upstream(call.sources, wiring)
     tickets: list[Tensor] = []
     mirrored: list[Tensor] = []
-    rules: list[DirectRule] = []
+    fed: list[Call] = []
     for feeder in [call, *feeders]:
         feeder.errors.append(error)
         if feeder.mirrored is not None:
@@ -373,10 +490,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
             fits = ticket.shape == y.shape and ticket.dtype is y.dtype and call.pick is None
             if state.role is Role.OUTPUT and fits:
                 mirrored.append(ticket)
-                rules.append(rule)
-                if wiring.certain:  # no other output can come: x need not outlive its layer's backward
-                    feeder.mirrored = None
-                    feeder.tickets = []
+                fed.append(feeder)
             else:  # not the output the ticket was made for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [error], 0, None, None, None)))
                 error.ports += 1
@@ -390,7 +504,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    joined = join(y, state, error, nested, rules, *tickets, *mirrored)
+    joined = join(y, state, error, nested, fed, *tickets, *mirrored)
     if stream is not None:
         stream.joined(error, joined)
     return joined
@@ -449,11 +563,16 @@ def _transformed_output(state: LayerState, y: Tensor, args: tuple[Any, ...], kwa
 def _project(state: LayerState, call: Call, y: Tensor) -> Tensor:
     error = OutputError(state, state.kind.axis(y.dim()), current_targets())
     fed = [call, *upstream(call.sources, state.wiring)]
-    plan = [
-        (other.state, other.state.rule, index) for other in fed for index, _ in enumerate(other.inputs, other.index)
-    ]
+    plan: list[tuple[LayerState, Any, int, bool]] = []
+    given: list[Tensor] = []
+    for other in fed:
+        for index, _ in enumerate(other.inputs, other.index):
+            B = given_direct(other.state, state.name, index)
+            plan.append((other.state, other.state.rule, index, B is not None))
+            if B is not None:
+                given.append(B)
     inputs = [x for other in fed for x in other.inputs]
-    return project(y, error.targets, error, plan, *inputs)
+    return project(y, error.targets, error, plan, *inputs, *given)
 
 
 def _require_known(state: LayerState, waiting: bool) -> None:

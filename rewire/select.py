@@ -13,7 +13,7 @@ from rewire.attention import projections
 from rewire.errors import ConversionError, nearest
 from rewire.layers.block import Block
 from rewire.layers.kinds import Kind
-from rewire.layers.registry import kind_of
+from rewire.layers.registry import kind_of, stand_in
 from rewire.rules import BP, DirectRule, LocalRule, Rule, Schedule, resolve
 
 RuleLike = str | Rule
@@ -32,6 +32,7 @@ class Choice:
     part: str = ""  # of an attention that holds several layers; "" for the module itself
     within: nn.Module | None = None  # the attention around it
     covers: tuple[str, ...] = ()  # further names that patterns may fit
+    wraps: nn.Module | None = None  # the layer it stands for, whose names and type patterns may fit too
 
     @property
     def name(self) -> str:
@@ -60,17 +61,21 @@ def select(
             inside.update(module.modules())
             choices.append(Choice(module, aliases, Block(module), default))
             continue
+        wrapper = stand_in(module)
+        if wrapper is not None and "forward" not in module.__dict__:
+            kind, wrapped = wrapper
+            inside.update(module.modules())
+            choices.append(Choice(module, aliases, kind, default, covers=names[wrapped], wraps=wrapped))
+            continue
         if isinstance(module, nn.MultiheadAttention):
             for part, projection in projections(module).items():
                 parts = tuple(f"{alias}.{part}" if alias else part for alias in aliases)
                 choices.append(Choice(module, parts, projection, default, part=part, covers=aliases))
             around[module.out_proj] = module
-        kind = kind_of(module)
-        if kind is not None:
+        own = kind_of(module)
+        if own is not None:
             within = around.get(module)
-            choices.append(
-                Choice(module, aliases, kind, default, within=within, covers=names[within] if within else ())
-            )
+            choices.append(Choice(module, aliases, own, default, within=within, covers=names[within] if within else ()))
     if not choices:
         found = sorted(
             {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
@@ -95,7 +100,11 @@ def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 def _listed(blocks: Sequence[Pattern] | Pattern | None) -> tuple[Pattern, ...]:
     if blocks is None:
         return ()
-    return (blocks,) if isinstance(blocks, (str, type)) else tuple(blocks)
+    if isinstance(blocks, (str, type)):
+        return (blocks,)
+    if not isinstance(blocks, Iterable):
+        raise ConversionError(f"blocks: name patterns or module types are needed, not {blocks!r}")
+    return tuple(blocks)
 
 
 def fits(pattern: Pattern, module: nn.Module, names: Iterable[str]) -> bool:
@@ -109,7 +118,7 @@ def _covers(pattern: Pattern, choice: Choice) -> bool:
     """Whether a pattern covers a layer, by its own name and type or those of the attention it is part of."""
     if fits(pattern, choice.module, (*choice.names, *choice.covers)):
         return True
-    return choice.within is not None and fits(pattern, choice.within, ())
+    return any(other is not None and fits(pattern, other, ()) for other in (choice.within, choice.wraps))
 
 
 def _check_pattern(pattern: object, what: str) -> None:
@@ -147,7 +156,7 @@ def _assign(choices: list[Choice], layers: Layers | None) -> None:
                 raise ConversionError(f"layers: no layer fits {_show(pattern)}{hint}")
             for choice in fitting:
                 choice.rule = rule
-    elif callable(layers):
+    elif callable(layers) and not isinstance(layers, (type, nn.Module)):
         for choice in choices:
             chosen = layers(choice.name, choice.module)
             if chosen is not None:

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from rewire.arguments import check_loss, check_model
 from rewire.edges import alias, check, port, wall_at
 from rewire.errors import ConversionError, PassError
 from rewire.learning import look
@@ -99,7 +100,9 @@ def backward_streamed(
 
     def forward() -> tuple[Any, Tensor]:
         outputs = call_model(model, inputs)
-        return outputs, loss_fn(outputs)
+        loss = loss_fn(outputs)
+        check_loss(loss)
+        return outputs, loss
 
     with torch.enable_grad():
         found = None
@@ -389,8 +392,7 @@ class _Stepper:
 
 def _wiring(model: nn.Module) -> Wiring:
     """The model's conversion, if it can be streamed."""
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"backward_streamed needs a converted torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "backward_streamed")
     wirings = {id(s.wiring): s.wiring for m in model.modules() for s in states_of(m)}
     if not wirings:
         raise ConversionError(

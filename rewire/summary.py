@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from rewire.errors import ConversionError
+from rewire.arguments import check_model
 from rewire.layers.registry import kind_of, why_not
+from rewire.layers.stand_in import StandIn
 from rewire.preview import Shapes, preview
-from rewire.rules.base import DirectRule, LearnedDirect, LocalRule
+from rewire.rules.base import DirectRule, LearnedDirect, LearnedLocal, LocalRule
 from rewire.structures import Dense, Structure
 from rewire.swap import states_of
 from rewire.wiring import LayerState, Role
@@ -102,22 +103,29 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
         inputs: a tensor, tuple or dict for the model. With it, one forward without a backward (in eval mode,
             leaving no trace) shows what direct feedback will cost before any of it is allocated.
     """
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"summary needs a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "summary")
     for wiring in {id(state.wiring): state.wiring for m in model.modules() for state in states_of(m)}.values():
         wiring.settle_if_alone()
     expected = preview(model, inputs) if inputs is not None else None
     rows: list[Row] = []
     whole: list[str] = []  # blocks and modules that use their children's weights themselves
     whole_note: dict[str, str] = {}
+    stood_for: dict[str, str] = {}  # layers that a wrapper stands for
     for name, module in model.named_modules():
         states = states_of(module)
         for state in states:
             rows.append(_converted(module, ".".join(filter(None, (name, state.kind.part))), state, expected))
-            if not state.kind.local:
+            if state.kind.whole:
                 whole.append(name)
-                whole_note[name] = f"inside block {name!r}: exact backprop"
+                what = "block " if not state.kind.local else ""
+                whole_note[name] = f"inside {what}{name!r}: exact backprop"
+                if isinstance(state.kind, StandIn):
+                    wrapped = f"{name}.{state.kind.path}" if name else state.kind.path
+                    stood_for[wrapped] = f"inside {name!r}, which stands for it and has its rule"
         if states or next(module.parameters(recurse=False), None) is None:
+            continue
+        if name in stood_for:
+            rows.append(Row(name, type(module).__name__, "bp", "-", None, 0, None, stood_for[name], converted=False))
             continue
         owner = next((w for w in whole if w != name and name.startswith(f"{w}." if w else "")), None)
         if owner is not None:
@@ -158,7 +166,14 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
     rule = state.rule
     shape: tuple[int, ...] | None = None
     size, scale, notes = 0, None, []
-    if isinstance(rule, LocalRule):
+    if state.idle:
+        notes.append("neither it nor anything below it trains: costs nothing")
+    elif isinstance(rule, LearnedLocal) and state.learner is not None:
+        shape, size, scale = state.learner.form.shape, state.learner.size(module), state.std
+        notes.append(state.learner.describe(module))
+        if state.std_note:
+            notes.append(state.std_note)
+    elif isinstance(rule, LocalRule):
         weight = state.kind.look(module)
         shape = tuple(weight.shape)
         size = weight.numel() * weight.element_size() if rule.random and not rule.redraw else 0
@@ -195,19 +210,21 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
         notes.extend(_price(rule))
     if rule is not state.given:
         notes.append(f"by {state.given!r}")
+    if isinstance(state.kind, StandIn):
+        notes.append(f"one layer with what is beside its {state.kind.path!r}")
     if state.lost:
         notes.append(f"NOT under its rule: {state.lost}")
     elif state.active and not state.ran and any(other.ran for other in state.wiring.layers.values()):
         notes.append("its forward has not run")
-    if not any(p.requires_grad for p in module.parameters(recurse=False)):
+    if not any(p.requires_grad for p in module.parameters()):
         notes.append("frozen")
     return Row(name, kind, repr(rule), state.role.value, shape, size, scale, "; ".join(notes), converted=True)
 
 
 def _price(rule: LearnedDirect) -> list[str]:
     """What learning costs besides the rule's own passes, as its first 1000 show it."""
-    exact = sum(rule.exact(passes) for passes in range(1000))
-    probes = sum(rule.probe(passes) is not None for passes in range(1000)) if rule.probes else 0
+    exact = sum(rule.exact(passes, 0) for passes in range(1000))
+    probes = sum(rule.probe_number(passes) is not None for passes in range(1000)) if rule.probes else 0
     said = [f"exact in {exact / 10:g} % of passes"] if exact else []
     return said + ([f"a forward-mode probe before {probes / 10:g} % of passes"] if probes else [])
 

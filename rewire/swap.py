@@ -70,7 +70,9 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return parent.forward(self, *args, **kwargs)
         state: LayerState = self.__dict__[STATE]
         if _compiling():
-            if traced.prepare(state.wiring.key, state.name) and state.in_graph:
+            if traced.exports(self.training):
+                return parent.forward(self, *args, **kwargs)
+            if traced.prepare(state.wiring.key, state.wiring.unsettled) and state.in_graph:
                 return traced.call(state, self, parent.forward, args, kwargs)
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
@@ -98,14 +100,17 @@ def _keeping(parent: Any) -> dict[str, Any]:
         return self
 
     def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        tags = [state.tag for state in states_of(self) if state.saves]
+        states = states_of(self)
+        tags = [state.tag for state in states if state.saves and state.learner is None]
         learned.load(self, parent, tags, state_dict, prefix, *rest)
-        for state in states_of(self):
+        for state in states:
             state.relink(self)
+            if state.learner is not None:
+                state.learner.loaded(self, any(key.startswith(prefix + state.tag) for key in state_dict))
 
     def _save_to_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for state in states_of(self):
-            if state.saves:
+            if state.saves or state.learner is not None:
                 state.wiring.settle_if_alone()  # what the last pass has shown is a part of what was learned
                 state.count(self)
         parent._save_to_state_dict(self, *args, **kwargs)
@@ -135,6 +140,8 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
             return parent.forward(self, *args, **kwargs)
+        if _compiling() and traced.exports(self.training):
+            return parent.forward(self, *args, **kwargs)
         attend = _attend_outside_of_compile if _compiling() else hosts.attend
         return attend(self, self.__dict__[STATE].states, state_of(self.out_proj), parent.forward, args, kwargs)
 
@@ -147,9 +154,10 @@ _disable: Callable[..., Any] = torch.compiler.disable
 _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
     "the first compiled one: it finds the output layers and measures scales. Not compiled at all: skip='cut', drtp, "
-    "brsf, feedback that is no plain tensor, nn.MultiheadAttention, weights that other modules use"
+    "brsf, feedback that learns or is no plain tensor, nn.MultiheadAttention, weights that other modules use, "
+    "on_nonfinite"
 )
-_outside_of_compile: Callable[..., Any] = _disable(run, reason=_why)
+_outside_of_compile: Callable[..., Any] = _disable(traced.outside, reason=_why)
 _attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)
 
 

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+from rewire.errors import ConversionError
+
 # A context variable: each thread (and each async task) has its own, so two trainings never mix.
 _current: ContextVar[Tensor | None] = ContextVar("rewire_targets", default=None)
 
@@ -28,6 +30,8 @@ def targets(y: Tensor) -> Iterator[None]:
         ...     loss = loss_fn(model(x), y)
         >>> loss.backward()
     """
+    if not isinstance(y, Tensor):
+        raise ConversionError(f"targets needs a tensor, not {type(y).__name__}")
     token = _current.set(y)
     try:
         yield

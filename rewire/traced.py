@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from rewire.distributed import in_parallel_forward
 from rewire.edges import alias, check
 from rewire.errors import PassError
 from rewire.exchange import exchange
@@ -27,7 +29,8 @@ from rewire.layers.kinds import BackwardWeight
 from rewire.passes import Call, OutputError, leave, metadata, upstream
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule
-from rewire.wiring import LayerState, conversions
+from rewire.run import Forward, run
+from rewire.wiring import LayerState, Role, conversions
 
 _ERRORS = "rewire.errors"
 
@@ -71,9 +74,10 @@ class _Port(Function):
                     layout=rule.layout,
                     e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
                     seen=state.order,
+                    stacked=state.stacked,
                     hint=state.layout,
                 )
-                fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype)
+                fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype).contiguous()
             total = fed if total is None else total + fed
         return (total, None, None, None, *(None,) * (2 * len(places)))
 
@@ -190,7 +194,10 @@ _join: Callable[..., Tensor] = _Join.apply
 def _call(key: int, name: str, count: int, tensors: tuple[Tensor, ...]) -> Call:
     state = conversions[key].layers[name]
     inputs, tickets = tensors[:count], list(tensors[count:])
-    errors = metadata(tickets[0].grad_fn)[_ERRORS] if tickets and tickets[0].grad_fn is not None else []
+    opened = None if not tickets or tickets[0].grad_fn is None else metadata(tickets[0].grad_fn)
+    if opened is not None and _ERRORS not in opened:
+        raise PassError(f"layer {state.label}: its compiled graph was cut in two{_buckets()}")
+    errors = [] if opened is None else opened[_ERRORS]
     return Call(state, [x.grad_fn for x in inputs if x.grad_fn is not None], tickets, errors, len(tickets))
 
 
@@ -200,7 +207,18 @@ def _check(call: Call, gradients: Any) -> None:
     except PassError as problem:
         raise PassError(
             f"{problem}. Under torch.compile a graph break between the two has the same effect: fullgraph=True finds it"
+            f"{_buckets()}"
         ) from None
+
+
+def _buckets() -> str:
+    """One more thing that cuts graphs, for messages."""
+    return (
+        ". DistributedDataParallel cuts a compiled graph into one for each bucket: "
+        "torch._dynamo.config.optimize_ddp = False turns that off"
+        if in_parallel_forward()
+        else ""
+    )
 
 
 @functools.cache
@@ -213,34 +231,76 @@ def register() -> None:
     constant(prepare)
 
 
-def prepare(key: int, name: str) -> bool:
-    """Run when a call is compiled, not when it is run: take in what passes have shown, get ready what it is given."""
-    state = conversions[key].layers[name]
-    if state.wiring.unsettled:
-        state.wiring.settle()
-    state.prepare()
+def prepare(key: int, unsettled: bool) -> bool:
+    """Run when a call is compiled, not when it is run: take in what passes have shown, get ready what graphs are given.
+
+    Args:
+        unsettled: of the conversion; here so that what is compiled holds only while nothing new has been shown.
+    """
+    wiring = conversions[key]
+    if wiring.unsettled:
+        wiring.settle()
+    if not wiring.prepared:
+        wiring.prepare()
     return True
+
+
+_exporting: Callable[[], bool] = torch.compiler.is_exporting
+_NO_EXPORT = (
+    "rewire: an exported program has PyTorch's own backward in place of the rules of a converted model. Call "
+    "rewire.restore(model) first; or, to export the forward alone, model.eval() or torch.no_grad()"
+)
+
+
+def _cannot_export() -> None:
+    raise PassError(_NO_EXPORT)
+
+
+_disable: Callable[..., Any] = torch.compiler.disable
+_refuse: Callable[[], None] = _disable(_cannot_export, reason=_NO_EXPORT)
+
+
+def exports(training: bool) -> bool:
+    """Whether a forward that Dynamo or ``torch.export`` traces is to be exported: then it runs without any rule.
+
+    Raises:
+        PassError: in training mode, where the rule would be missed without a word.
+    """
+    if not _exporting():
+        return False
+    if training:
+        _refuse()
+    return True
+
+
+def outside(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    """A call that is a break of the graph."""
+    if isinstance(state.rule, DirectRule):
+        state.wiring.part()
+    return run(state, module, forward, args, kwargs)
 
 
 # -- traced by Dynamo ----------------------------------------------------------------------------------
 
 
-def call(state: LayerState, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def call(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
     """One call of one layer, as part of a compiled graph."""
     rule, key = state.rule, state.wiring.key
-    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
+    leaves, spec = tree_flatten((args, kwargs))  # a block may be given lists of tensors
+    inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     tickets: list[Tensor] = []
     if isinstance(rule, DirectRule):
         if inputs:
             fixed = state.fixed_outputs, len(inputs)
             tickets = _opened(key, state.name, state.written, *fixed, *inputs, *state.fixed)
-        args = [x.detach() if isinstance(x, Tensor) else x for x in args]
-        kwargs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+        args, kwargs = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
         y = forward(module, *args, **kwargs)
     else:
         y = forward(module, *args, **kwargs)
         if inputs and isinstance(rule, LocalRule):
             y = _exchanged(y, inputs[0], key, state.name, state.written, *state.fixed)
+    if state.role is Role.OUTPUT:
+        state.wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
     if state.joins_traced:
         return _joined(y, key, state.name, len(inputs), *inputs, *tickets)
     return _closed(y, key, state.name, len(inputs), *inputs, *tickets) if tickets else y

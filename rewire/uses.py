@@ -9,14 +9,16 @@ view of) B in the weight's place.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire import operations
+from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.layers.own_forward import OPERATIONS
 from rewire.routing import LAYOUTS
@@ -24,6 +26,7 @@ from rewire.run import run
 
 if TYPE_CHECKING:
     from rewire.attention import Seat
+    from rewire.following import Learner
     from rewire.wiring import LayerState
 
 Owner = Callable[[Tensor], "Owned | None"]
@@ -62,16 +65,20 @@ class Use:
         view: what of it the operation was given.
         x: the other tensor.
         turned: x has its features in front of its last dimension, as in ``weight @ x``.
+        mixes: the dimension of the view that meets x's features; None for a convolution.
         apply: (x, weight or its view) -> result.
         direct: the operation, and its other arguments by name, if it has a fast backward with another weight.
+        anywhere: an einsum, whose result may have its features anywhere.
     """
 
     owned: Owned
     view: Tensor
     x: Tensor
     turned: bool
+    mixes: int | None
     apply: Callable[[Tensor, Tensor], Any]
     direct: tuple[Any, dict[str, Any]] | None
+    anywhere: bool = False
 
 
 def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner) -> Use | None:
@@ -86,12 +93,16 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
         owned = owner(view)
         if owned is None or owned.tensor.shape != owned.weight.shape:
             continue
-        other, turned, direct = _other(func, leaves, place), False, None
+        other, turned, direct, mixes = _other(func, leaves, place), False, None, None
         if bound is not None:
+            mixes = -1 if func is linear else None
             other = next(i for i, leaf in enumerate(leaves) if leaf is bound["input"])
             direct = (func, {n: v for n, v in bound.items() if n not in ("input", "weight")})
         elif other >= 0 and func is not torch.einsum:
             turned = (place < other) != (func in _REVERSED)
+            mixes = -1 if turned else -2
+        elif other >= 0:
+            mixes = _letters(leaves)[place].index(_letters(leaves)[other][-1])
         x = leaves[other]
         if other < 0 or not isinstance(x, Tensor) or x is view or (turned and x.dim() < 2):
             continue
@@ -102,7 +113,7 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
             filled_args, filled_kwargs = tree_unflatten(filled, spec)
             return func(*filled_args, **filled_kwargs)
 
-        return Use(owned, view, x, turned, apply, direct)
+        return Use(owned, view, x, turned, mixes, apply, direct, func is torch.einsum)
     return None
 
 
@@ -116,16 +127,21 @@ def _other(func: Any, leaves: list[Any], place: int) -> int:
 
 def _einsum(leaves: list[Any], place: int) -> int:
     """The other operand of an einsum of two, if its last dimension alone is what the weight mixes."""
-    operands = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if len(operands) != 2 or not isinstance(leaves[0], str) or "->" not in leaves[0]:
-        return -1
-    terms, result = leaves[0].replace(" ", "").split("->")
-    letters = dict(zip(operands, terms.split(","), strict=False))
-    other = operands[1 - operands.index(place)]
+    letters = _letters(leaves)
     if len(letters) != 2:
         return -1
+    result = leaves[0].rpartition("->")[2]
+    (other,) = letters.keys() - {place}
     mixed = [letter for letter in letters[other] if letter in letters[place] and letter not in result]
     return other if len(mixed) == 1 and letters[other].endswith(mixed[0]) else -1
+
+
+def _letters(leaves: list[Any]) -> dict[int, str]:
+    """What each operand of an einsum has its dimensions called, by place; none if it is not written out."""
+    operands = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(operands) != 2 or not isinstance(leaves[0], str) or "->" not in leaves[0]:
+        return {}
+    return dict(zip(operands, leaves[0].replace(" ", "").split("->")[0].split(","), strict=False))
 
 
 def call(use: Use, seat: Seat | None) -> Any:
@@ -136,6 +152,9 @@ def call(use: Use, seat: Seat | None) -> Any:
     """
     state, layer = use.owned.state, use.owned.layer
     dims = use.x.dim()
+    plain = use.owned.tensor is use.owned.weight
+    if state.learner is not None:
+        use = _followed(use, state.learner, plain)
 
     def inner(x: Tensor) -> Tensor:
         x = x if seat is None else seat.inner(x, dims)
@@ -151,16 +170,33 @@ def call(use: Use, seat: Seat | None) -> Any:
     args: tuple[Any, ...] = (x if seat is None else seat.outer(x),)
     kwargs: dict[str, Any] = {}
     kind = _UseKind(use, inner, again)
-    index = state.index_of(use.view, use.owned.tensor)
+    index = state.index_of(use.view, use.owned.tensor, use.mixes)
     if seat is not None and seat.batched:
         state.layout = LAYOUTS[0 if seat.batch_first else 1]
     if state.observer is None:
         return run(state, layer, forward, args, kwargs, kind, index)
     before, after = state.observer
-    args, kwargs = before(state, layer, args, kwargs, again, index, use.owned.tensor is use.owned.weight)
+    args, kwargs = before(state, layer, args, kwargs, again, index, plain)
     y = run(state, layer, forward, args, kwargs, kind, index)
     after(state, layer, args, kwargs, y)
     return y
+
+
+def _followed(use: Use, learner: Learner, plain: bool) -> Use:
+    """The use with a stand-in for the weight, which hands the weight's gradient to the layer's feedback too."""
+    owned = use.owned
+    if not plain and learner.rule.trained:
+        raise PassError(
+            f"layer {owned.state.label}: another module makes something of its weight and uses that, so "
+            f"{learner.rule!r} would not learn from the weight itself: use another rule, "
+            f"layers={{{owned.state.name!r}: 'fa'}}"
+        )
+    learner.enter(owned.layer)  # before anything is taken from what it keeps
+    stand_in = learner.stand_in(owned.layer, owned.tensor)
+    if stand_in is owned.tensor:
+        return use
+    view = _view_of(stand_in, use.view, owned.tensor) if use.view is not owned.tensor else stand_in
+    return replace(use, owned=replace(owned, tensor=stand_in), view=view)
 
 
 def _view_of(t: Tensor, view: Tensor, base: Tensor) -> Tensor:
@@ -185,6 +221,11 @@ class _UseKind(Kind):
 
     def axis(self, dims: int) -> int:
         return self.use.owned.state.kind.axis(dims)
+
+    def delta_axis(self, y: Any) -> int | None:
+        if not isinstance(y, Tensor) or self.use.anywhere:
+            return None
+        return -2 if self.use.turned else self.axis(y.dim())
 
     def run(
         self,

@@ -9,21 +9,23 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import uuid
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from enum import Enum
 from threading import get_ident
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from rewire import learning
-from rewire.distributed import sum_over_ranks
+from rewire import following, learning
+from rewire.distributed import Groups, groups_of, in_parallel_forward, is_split, several, stage_of_pipeline, sum_pairs
 from rewire.errors import PassError, RewireWarning, RoutingError
-from rewire.feedback import quick_normal, standard_normal
+from rewire.feedback import quick_normal, standard_normal, streams
+from rewire.guard import Guard
 from rewire.layers.kinds import Kind
 from rewire.learned import PREFIX
 from rewire.passes import OutputError, backward_id
@@ -66,18 +68,30 @@ class Wiring:
         layers: states by qualified name, in registration order.
         errors: the newest e of each output layer, by name.
         unsettled: a pass has shown something that the next forward has to take in.
+        guard: looks at gradients that arrive at layers, if ``on_nonfinite`` asked for it.
         news: of roles and scales.
         passed: where passes count: there was one.
         passes: how many there were.
+        sampled: samples shown by those of them, up to the newest, that were handed back exactly without a break.
+        rests: nothing is learned now, and passes do not count: for a look at the model that is to leave it as it is.
         probed: the pass before which the newest forward-mode probe was taken.
         probe_count: how many were taken, in this process.
-        frozen: passes do not count, for a look at the model that is to leave it as it is.
         certain: the role of every layer is known.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
+        compiled: some of its calls have been part of a compiled graph, which reads what :meth:`prepare` makes.
+        prepared: all layers are ready for such a graph, and nothing has changed since.
+        unnamed: output layers of the backward under way that ``asked`` does not name.
+        unready: why, in words, layers under direct rules cannot be part of such graphs now; "" if they can.
+        apart: they have run outside of one, and stay there.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
         key: a number of its own in this process: its name in compiled graphs.
+        origin: the same in all copies.
         common: what structures of feedback keep once for all layers.
+        groups: process groups of the ranks that train these layers together, as measuring passes showed.
+        wrapped: they were those of a wrapper whose forward has to be running for ranks to meet.
+        still: a copy that is only looked at: local feedback does not learn.
+        complaints: names of layers with something to be said about, by what that is.
     """
 
     def __init__(
@@ -88,7 +102,9 @@ class Wiring:
         structure: Structure,
         scale: str | float | Mapping[str, float],
         asked: tuple[str, ...] | None,
+        guard: Guard | None = None,
     ) -> None:
+        self.guard = guard
         self.seed = seed
         self.skip = skip
         self.structure = structure
@@ -101,20 +117,40 @@ class Wiring:
         self.news = False
         self.passed = False
         self.passes = 0
+        self.sampled = 0
+        self.rests = False
         self.probed = -1
         self.probe_count = 0
-        self.frozen = False
         self.looked = False
+        self.compiled = False
+        self.prepared = False
+        self.unready = ""
+        self.unnamed: list[str] = []
+        self.apart = False
         self.certain = False
         self.bypassed: set[Tensor] = set()
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
+        self.groups: Groups = ()
+        self.wrapped = False
+        self.still = False
+        self.complaints: dict[str, list[str]] = {}
         self._warned: set[str] = set()
+        self.origin = uuid.uuid4().hex
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "errors": {}, "common": {}, "bypassed": set(), "_weights": {}}
+        fresh = {
+            "errors": {},
+            "unnamed": [],
+            "common": {},
+            "bypassed": set(),
+            "_weights": {},
+            "prepared": False,
+            "apart": False,
+        }
+        return {**self.__dict__, **fresh, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -124,10 +160,17 @@ class Wiring:
         self.key = next(_keys)
         conversions[self.key] = self
 
+    def rest(self) -> None:
+        """Leave the feedback as it is from now on: for copies that are looked at."""
+        self.rests = self.still = True
+        for state in self.layers.values():
+            state.gathered = {}
+            state.refresh()
+
     @property
     def counts(self) -> bool:
         """Whether passes count: for feedback that learns, and for rules on a schedule."""
-        return not self.frozen and any(state.counts for state in self.layers.values())
+        return not self.rests and any(state.counts for state in self.layers.values())
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""
@@ -139,13 +182,36 @@ class Wiring:
             self._warned.add(key)
             warnings.warn(message, RewireWarning, stacklevel=2)
 
+    def complain(self, what: str, state: LayerState) -> None:
+        """Something is to be said about a layer when the next pass begins, of all that it is true of together."""
+        names = self.complaints.setdefault(what, [])
+        if state.name not in names:
+            names.append(state.name)
+
     def warned_like(self, other: Wiring) -> None:
         """Take for said what a copy has said."""
         self._warned |= other._warned
 
+    def met(self, state: LayerState) -> None:
+        """A layer of another conversion feeds one of this. Right for two models, but not for parts of one.
+
+        A layer that was copied out of a converted model has a conversion of its own, as any copy has. Put back beside
+        the others, it takes no part in their passes.
+        """
+        if state.wiring.origin != self.origin or not isinstance(state.rule, DirectRule):
+            return
+        here, there = ({s.name for s in wiring.layers.values() if s.ran} for wiring in (self, state.wiring))
+        if not here & there:  # whole copies, one feeding the other, have all layers each
+            self.warn_once(
+                "copied part",
+                f"layer {state.label} feeds a copy of layer {min(here)!r} that was made after conversion (by an "
+                "adapter library, say), and copies are models of their own: no output error passes between the two. "
+                "Convert the whole model again, rewire.convert(model, ...)",
+            )
+
     def note_weight(self, state: LayerState, module: nn.Module) -> None:
         """In a first pass: whose weight is whose."""
-        weight = module._parameters.get(state.kind.parameter) if state.kind.local else None
+        weight = state.kind.own(module) if state.kind.local else None
         if weight is not None:
             self._weights[weight] = state
 
@@ -163,8 +229,9 @@ class Wiring:
         Called in the backward of the layer's join, before any port upstream of it runs.
         """
         is_output = error.deliver(gradient)
-        if self.asked is not None:
-            self._check_asked(state, is_output)
+        if is_output and self.asked is not None and state.name not in self.asked:
+            self._unasked(state)
+            return is_output
         if is_output:
             if self.counts:
                 self.passed = self.unsettled = True
@@ -172,6 +239,9 @@ class Wiring:
             if state.name not in self.outputs:
                 self.outputs.append(state.name)
         if state.role is Role.OUTPUT:
+            # Roles may be known from elsewhere, while no pass of this process has been looked at.
+            if not self.looked:
+                self.unsettled = self.news = True
             return is_output
         # Roles are votes of passes: a side loss alone may come first and look like the output.
         if is_output != error.voted:
@@ -181,20 +251,34 @@ class Wiring:
         self.unsettled = self.news = True
         return is_output
 
-    def _check_asked(self, state: LayerState, is_output: bool) -> None:
+    def _unasked(self, state: LayerState) -> None:
+        """Note an output layer that ``output=`` does not name; the error comes at the end, and names all."""
+        if not self.unnamed:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._refuse)
+        self.unnamed.append(state.name)
+
+    def _refuse(self) -> None:
         assert self.asked is not None
-        if is_output and state.name not in self.asked:
-            raise PassError(
-                f"the loss sees the output of layer {state.label}, which output={_one_or_all(self.asked)} does not "
-                f"name. Write output={_one_or_all((state.name,))}, or name every layer the loss sees, "
-                f"output={[*self.asked, state.name]!r}, or keep it on backprop, layers={{{state.name!r}: 'bp'}}"
-            )
+        unnamed, self.unnamed = tuple(dict.fromkeys(self.unnamed)), []
+        seen = tuple(name for name in self.layers if name in unnamed or name in self.errors)
+        more = f" (at other times too: output={[*self.asked, *unnamed]!r})" if set(self.asked) - set(seen) else ""
+        raise PassError(
+            f"the loss sees the output of layer{'s' * (len(unnamed) > 1)} {', '.join(map(repr, unnamed))}, which "
+            f"output={_one_or_all(self.asked)} does not name. Write output={_one_or_all(seen)}, every layer that this "
+            f"loss sees{more}; or keep what is not named on backprop, layers={dict.fromkeys(unnamed, 'bp')!r}"
+        )
 
     def settle_if_alone(self) -> None:
         """Settle for somebody who asks between passes. With several ranks the next forward does it, on all of them."""
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if self.unsettled and alone and backward_id() == -1:
+        if self.unsettled and not several() and backward_id() == -1:
             self.settle()
+
+    def note_ranks(self, module: nn.Module) -> None:
+        """In the forward of a first pass: who trains these layers together."""
+        if several() and not self.groups:
+            self.groups = groups_of(module)
+            self.wrapped = in_parallel_forward()
 
     def settle(self) -> None:
         """Take in what the last pass showed: roles and scales. Called by the next forward, never in backward.
@@ -202,15 +286,18 @@ class Wiring:
         A backward may run forwards of its own (activation checkpointing), which must find everything as
         the first forward did; so nothing changes before the pass is over.
         """
+        if self.groups and self.wrapped and not in_parallel_forward():
+            return  # a call on this rank alone, perhaps; the others would not answer
         self.unsettled = False
         changed = False
+        if self.passed:
+            following.step(self)
         if self.passed and not self.news:
             changed = self._next_pass()
         if self.news:
             self._settle_news()
         elif changed:
-            for state in self.layers.values():
-                state.refresh()
+            self.refresh()
 
     def _next_pass(self) -> bool:
         """Take in what the pass has shown to feedback that learns; then, whose turn it is by the schedules."""
@@ -225,14 +312,66 @@ class Wiring:
         for state in self.layers.values():
             if state.seen and state.role is not Role.OUTPUT:
                 state.role = Role.OUTPUT if state.votes > 0 else Role.HIDDEN
-        self.certain = all(state.role is not Role.UNKNOWN for state in self.layers.values())
+        self.certain = all(state.role is not Role.UNKNOWN or state.idle for state in self.layers.values())
         self._forget_hidden_outputs()
         self._settle_scales()
         self._say_bypassed()
         if self.passed:  # after scales are known, and feedback drawn for good
             self._next_pass()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what is different about layers: their rules, roles or scales."""
         for state in self.layers.values():
             state.refresh()
+        if self.compiled:  # graphs made before are used again, and must not find what was put there for another rule
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Get all layers ready for a compiled graph."""
+        self.compiled = self.prepared = True
+        states = self.layers.values()
+        for state in states:
+            state.prepare()
+        running = [state for state in states if (state.ran or not self.looked) and not state.idle]
+        direct = [state for state in running if isinstance(state.rule, DirectRule)]
+        # The layers of a pass find each other on one graph: all of them are part of it, or none.
+        self.unready = self._unready(direct) if direct else ""
+        for state in states:
+            state.in_graph = state.traceable and state.plain and not (direct and (self.unready or self.apart))
+            state.joins_traced = state.role is Role.OUTPUT and bool(direct)
+
+    def _unready(self, direct: list[LayerState]) -> str:
+        if not self.looked:
+            return "no ordinary training pass has come before the first compiled one"
+        for state in self.layers.values():
+            if state.ran and state.picks:
+                return f"rows of the input of layer {state.label} are picked from the batch by an index"
+        for state in direct:
+            if not (state.traceable and state.plain):
+                return (
+                    f"layer {state.label} cannot be part of a compiled graph under {state.rule!r}, or no ordinary "
+                    "training pass has been under that rule yet"
+                )
+        return ""
+
+    def part(self) -> None:
+        """A layer under a direct rule runs outside of a compiled graph: from now on all do.
+
+        Not until the reason is gone: what was compiled meanwhile breaks at every layer, and goes on being used.
+        """
+        if self.apart:
+            return
+        self.apart = True
+        for state in self.layers.values():
+            state.in_graph = False
+        why = self.unready or "what was compiled under another rule breaks at every layer"
+        self.warn_once(
+            "compile",
+            f"torch.compile: {why}. So layers under direct rules run outside of compiled graphs from now on, each a "
+            "graph break: gradients are right, but little time is saved. What can be compiled can be with "
+            "fullgraph=True, after one ordinary training pass",
+        )
 
     def _forget_hidden_outputs(self) -> None:
         """A side loss came first: its layer is no output after all, and no feedback is named after it."""
@@ -246,13 +385,25 @@ class Wiring:
 
     def _settle_scales(self) -> None:
         """Scale each measured layer's feedback so that it is as large as what backprop handed back."""
-        measured = [state for state in self.layers.values() if state.sums is not None]
-        if not measured:
+        if all(state.sums is None for state in self.layers.values()):
             return
-        sums = sum_over_ranks([state.sums or (0.0, 0.0) for state in measured])
+        if several() and not self.groups:
+            self.warn_once(
+                "ranks",
+                "there are several processes, and none of DistributedDataParallel, fully_shard or replicate around "
+                "this model: scale='auto' is measured on this rank alone. If others train the same layers, give all "
+                "of them the same scale=..., for instance rewire.scales(model) of one",
+            )
+        # Of all layers, in an order all ranks have: one may have run here and not there.
+        every = list(self.layers.values())
+        sums = sum_pairs([state.sums or (0.0, 0.0) for state in every], self.groups)
+        measured: list[LayerState] = []
         ratios: dict[str, float] = {}
-        for state, (exact, fed) in zip(measured, sums, strict=True):
+        for state, (exact, fed) in zip(every, sums, strict=True):
             state.sums = None
+            if exact == fed == 0 or state.scale is not None:
+                continue
+            measured.append(state)
             if math.isfinite(exact) and math.isfinite(fed) and exact > 0 and fed > 0:
                 ratios[state.name] = math.sqrt(exact / fed)
             elif not math.isfinite(exact) or not math.isfinite(fed):
@@ -281,6 +432,11 @@ class Wiring:
                     "starts at zero. Feedback gets the scale of an output layer as PyTorch would initialise it; give "
                     "another with scale=...",
                 )
+        if self.groups and typical is not None and all(math.isfinite(a + b) for a, b in sums):
+            # Ranks must not measure at different times: what has not run on any of them by now is not waited for.
+            for state in every:
+                if not state.ran and isinstance(state.rule, DirectRule) and state.needs_scale(state.rule):
+                    state.set_scale(typical, "did not run in the measuring pass; mean scale of the other layers")
 
     def _initial_scale(self, state: LayerState) -> float:
         """Standard deviation of the weight of the output layer above ``state``, by PyTorch's initialisation."""
@@ -307,10 +463,13 @@ class LayerState:
         scale_note: where the scale comes from.
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: it has run with gradients on.
+        start: root mean square of its output in the first call it ever ran in; None before that.
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
         picks: its input was seen to be rows picked from the batch by index.
+        idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.
         observer: called before and after each such use, as forward hooks are around a forward.
@@ -320,8 +479,10 @@ class LayerState:
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
-        in_graph: its calls are, since those of the layers it passes errors to and from can be too.
+        plain: its feedback is there, and plain tensors, which is what such a graph can be given.
+        in_graph: its calls are, as are those of the layers it passes errors to and from.
         joins_traced: its output is joined to the pass there.
+        fed: an input of it was seen to require a gradient.
         fixed: the feedback that graph is given; for direct rules, for each input one B for each of ``fixed_outputs``.
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
         random_as: shape, dtype and device of R, as the last pass needed it.
@@ -330,6 +491,7 @@ class LayerState:
         gathered: what passes have shown that is not taken in yet, by input.
         learned: B and whatever else its rule keeps, by the names they have in the module.
         linked: all of that is in the module.
+        learner: what sees to a local rule's feedback that learns.
     """
 
     def __init__(
@@ -346,11 +508,14 @@ class LayerState:
         self.std = std
         self.std_note = ""
         self.ran = False
+        self.start: float | None = None
         self.functional = False
         self.watched = False
         self.busy: set[int] = set()
+        self.idle = False
         self.lost = ""
         self.picks = False
+        self.stacked = 1
         self.observer: tuple[Any, Any] | None = None
         self.seen = False
         self.votes = 0
@@ -365,6 +530,8 @@ class LayerState:
         self.written = ""
         self.joins_traced = False
         self.traceable = False
+        self.plain = True
+        self.fed = False
         self.in_graph = False
         self.fixed: tuple[Tensor, ...] = ()
         self.fixed_outputs: tuple[str, ...] = ()
@@ -374,6 +541,7 @@ class LayerState:
         self.gathered: dict[int, dict[str, Tensor]] = {}
         self.learned: dict[str, Tensor] = {}
         self.linked = True
+        self.learner: following.Learner | None = None
         self._glance: Tensor | None = None
         self._random: dict[tuple[Any, ...], Tensor] = {}
         self._routes: dict[tuple[Any, ...], _Way] = {}
@@ -436,7 +604,7 @@ class LayerState:
         self.refresh()
 
     def turn(self) -> bool:
-        """See whose turn it is by the schedule; whether it is another rule's now. :meth:`refresh` comes after."""
+        """See whose turn it is, by the schedule; whether another rule's now. To be followed by :meth:`refresh`."""
         rule = self.given.now(self.wiring.passes) if isinstance(self.given, Schedule) else self.given
         if rule is self.rule:
             return False
@@ -451,12 +619,14 @@ class LayerState:
         direct = isinstance(self.rule, DirectRule)
         rule = self.rule
         learns = isinstance(rule, LearnedDirect)
-        self.exact = isinstance(rule, LearnedDirect) and rule.exact(self.wiring.passes)
+        wiring = self.wiring
+        self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes, wiring.sampled)
         self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         hidden = self.settled and self.role is Role.HIDDEN
         self.steady = ""
-        if self.watched or self.picks or not self.kind.local or (learns and not self._as_fixed(rule)):
+        special = self.watched or self.picks or self.wiring.guard is not None or self.learner is not None
+        if special or not self.kind.local or (learns and not self._as_fixed(rule)):
             pass  # something special about its calls; a block may be given anything
         elif direct:
             self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
@@ -465,6 +635,13 @@ class LayerState:
         self._last = self.mirror = None
         self.written = repr(self.rule)
         self.traceable = self._traceable()
+        self.wiring.prepared = False
+
+    def changed(self) -> None:
+        """Take in something that a pass under way has shown about this layer alone."""
+        self.refresh()
+        if self.wiring.compiled:
+            self.wiring.prepare()
 
     def _as_fixed(self, rule: Rule) -> bool:
         """Whether a pass that learns nothing is one as under fixed feedback."""
@@ -475,6 +652,10 @@ class LayerState:
         rule = self.rule
         if not self.wiring.looked or self.watched or self.counts:
             return False
+        if self.wiring.guard is not None or self.learner is not None:
+            return False
+        if self.idle:
+            return True
         if isinstance(rule, LocalRule):
             return self.kind.exchanges and not rule.redraw and self.std is not None
         if isinstance(rule, DirectRule):
@@ -484,26 +665,24 @@ class LayerState:
 
     def prepare(self) -> None:
         """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
-        self.refresh()
-        wiring, rule = self.wiring, self.rule
-        wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
-        ran = [state for state in wiring.layers.values() if state.ran]
-        direct = [state for state in ran if isinstance(state.rule, DirectRule)]
-        # The layers of a pass find each other on one graph: all of them are part of it, or none.
-        together = all(state.traceable and state._plain() for state in direct) and not any(s.picks for s in ran)
-        self.in_graph = self.traceable and (together or not direct)
-        self.joins_traced = self.role is Role.OUTPUT and bool(direct)
-        self.fixed = ()
+        rule = self.rule
+        self.fixed, self.fixed_outputs, self.plain = (), (), True
         if isinstance(rule, DirectRule) and not rule.silent:
+            structure = self.structure(rule)
+            if any(other != structure for other in self.structures.values()) or (self.fed and not self.shapes):
+                self.plain = False  # no pass has shown yet what shape B has
+                return
             made = {place: self._made_for(*place, shape) for place, shape in self.shapes.items()}
             self.fixed_outputs = tuple(dict.fromkeys(output for output, _ in made))
             places = [(output, index) for index in sorted({i for _, i in made}) for output in self.fixed_outputs]
             self.fixed = tuple(B for place in places if isinstance(B := made.get(place), Tensor))
-            self.in_graph = self.in_graph and len(self.fixed) == len(places)
-        elif isinstance(rule, LocalRule) and rule.random and self.random_as is not None:
-            self.fixed = (self.random(rule, *self.random_as),)
+            self.plain = len(self.fixed) == len(places)
+        elif isinstance(rule, LocalRule) and rule.random and not rule.redraw:
+            if self.random_as is not None:
+                self.fixed = (self.random(rule, *self.random_as),)
+            self.plain = bool(self.fixed) or not self.fed
 
-    def _plain(self) -> bool:
+    def keeps_tensors(self) -> bool:
         """Whether all its direct feedback is plain tensors."""
         return all(isinstance(self._made_for(*place, shape), Tensor) for place, shape in self.shapes.items())
 
@@ -514,18 +693,45 @@ class LayerState:
             self._made[key] = self.direct_feedback(*key)
         return self._made[key]
 
+    def check_ranks(self, module: nn.Module) -> None:
+        """In first passes: whether its rule can be followed on this rank."""
+        if is_split(module):
+            raise PassError(
+                f"layer {self.label}: its weight is split over ranks (a DTensor, as tensor parallelism makes it), and "
+                f"rule {self.rule!r} knows no feedback that is split with it. Keep the layer on backprop, "
+                f"layers={{{self.name!r}: 'bp'}}, or shard it with fully_shard instead"
+            )
+        stage = stage_of_pipeline() if isinstance(self.rule, DirectRule) and not self.rule.silent else None
+        if stage is not None and stage[0] < stage[1] - 1:
+            raise PassError(
+                f"layer {self.label} is in stage {stage[0]} of a pipeline of {stage[1]}, and rule {self.rule!r} needs "
+                "the output error, which only the last stage has. Use a local rule in this stage, "
+                f"layers={{{self.name!r}: 'fa'}}, or backprop, or train without a pipeline"
+            )
+
+    def wake(self) -> None:
+        """A layer that took no part takes part again: it may turn out to be anything."""
+        self.idle = False
+        self.wiring.certain = False
+
     def running(self) -> bool:
         """Whether it is running now, in this thread."""
         return get_ident() in self.busy
 
-    def index_of(self, view: Tensor, weight: Tensor) -> int:
+    def index_of(self, view: Tensor, weight: Tensor, mixes: int | None) -> int:
         """Number of the input that meets ``view`` of ``weight``: 0 for all of it, else 1 + the row it begins with.
 
-        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own.
+        So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own, and so
+        has the other direction of a weight that is used in both (1), as a tied decoder does.
+
+        Args:
+            mixes: the dimension of ``view`` that meets x's features; None if it is as in the layer.
         """
-        if view is weight or view.numel() == weight.numel():
-            return 0
-        return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+        if view is not weight and view.numel() != weight.numel():
+            return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+        usual = 0 if self.kind.transposed else 1
+        flat = mixes is not None and view.dim() == weight.dim() == 2
+        return 1 if flat and view.stride(mixes) != weight.stride(usual) else 0
 
     def dead(self, use: str) -> None:
         """Its weight was used in a way the rule cannot be applied to; ``use`` says who used it how."""
@@ -611,11 +817,13 @@ class LayerState:
         dtype: torch.dtype,
         device: torch.device,
         shared: Cache | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
         """``signal B`` as a tensor of ``shape`` and ``dtype``.
 
         Args:
             shared: what layers have made of the signal in this pass; None: ``error``'s own.
+            given: another B in place of the layer's own, of its shape.
         """
         if rule.silent:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -630,7 +838,9 @@ class LayerState:
             self.mirror = None
             if route.plain and len(self.wiring.outputs) == 1 and type(feedback) is Tensor:
                 self.mirror = feedback if feedback.shape[0] <= _SMALL else None
-        if type(feedback) is Tensor:
+        if given is not None:
+            fed = route(signal, given)
+        elif type(feedback) is Tensor:
             fed = route(signal, feedback)
         else:
             fed = self._through(route, feedback, signal, error, shared)
@@ -666,7 +876,7 @@ class LayerState:
         device: torch.device,
     ) -> tuple[Route, Tensor | Feedback]:
         structure = self.structure(rule)
-        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order, structure)
+        key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, self.order, structure, self.stacked)
         found = self._routes.get(key)
         if found is None:
             found = self._routes[key] = self._route(rule, structure, error, index, shape, e_shape, dtype, device)
@@ -682,6 +892,24 @@ class LayerState:
         self._made = {}
         self._last = None
         self.mirror = None
+
+    def forget_feedback(self) -> None:
+        """Drop feedback of either kind: after another seed was set."""
+        self.forget_routes()
+        self._random = {}
+        self.local = None
+
+    def forget(self) -> None:
+        """Drop all that was made for, or shown by, passes."""
+        self.forget_routes()
+        self._random = {}
+        self.local = self.used = self.random_as = None
+        self.shapes, self.structures, self.kept_as = {}, {}, {}
+
+    def touched(self) -> bool:
+        """Whether somebody changed its fixed feedback in place, so that it is not what the seed gives."""
+        kept = [] if self.learns else [*self._random.values(), *self._made.values()]
+        return any(isinstance(B, Tensor) and not B.is_inference() and B._version > 0 for B in kept)
 
     @property
     def order(self) -> Reading | None:
@@ -704,6 +932,7 @@ class LayerState:
             layout=rule.layout,
             e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
             seen=self.order,
+            stacked=self.stacked,
             hint=self.layout,
         )
 
@@ -784,11 +1013,9 @@ class LayerState:
         device: torch.device,
     ) -> Tensor | Feedback:
         wiring = self.wiring
-        stream = self.name if index == 0 else f"{self.name}#{index}"
-        further = output in wiring.outputs and wiring.outputs.index(output) > 0
-        suffix = f"@{output}" if further else ""  # further outputs have feedback of their own
+        stream, suffix = streams(self.name, index, output, wiring.outputs)
         scale = 1.0 if self.scale is None else self.scale
-        return structure.make(Place(wiring.seed, stream + suffix, suffix, shape, scale, dtype, device, wiring.common))
+        return structure.make(Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common))
 
     def direct_feedbacks(self, module: nn.Module) -> dict[tuple[str, int], Tensor]:
         """The dense B by (output layer, input), as used last; made again where a copy of the model dropped it."""
@@ -803,6 +1030,12 @@ class LayerState:
                 structure = self.structures[output, index]
                 used[output, index] = self.direct_feedback(structure, output, index, shape, like.dtype, like.device)
         return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
+
+    def note_start(self, output: Any) -> None:
+        """In the first call: how large its output is before any training, for :func:`rewire.alignment`."""
+        outputs = [y for y in tree_leaves(output) if isinstance(y, Tensor)]
+        if all(type(y) is Tensor for y in outputs):  # others may be fake, without values
+            self.start = root_mean_square(outputs)
 
     def measure(
         self, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor, pick: Pick | None
@@ -883,7 +1116,7 @@ class LayerState:
     def remember(self, index: int, memory: dict[str, Tensor]) -> None:
         """Keep what the rule has changed, and let nobody use an older B."""
         kept = {self._name(what, index): tensor for what, tensor in memory.items()}
-        kept[f"{self.tag}passes"] = torch.tensor(self.wiring.passes)  # kept up to date by count()
+        kept[f"{self.tag}passes"] = self._counts()  # kept up to date by count()
         for name, tensor in kept.items():
             before = self.learned.get(name)
             if before is not None and before.shape == tensor.shape and before.dtype == tensor.dtype:
@@ -896,14 +1129,20 @@ class LayerState:
 
     def keep_count(self) -> None:
         """From now on the number of passes is saved with the module."""
-        self.learned.setdefault(f"{self.tag}passes", torch.tensor(self.wiring.passes))
+        self.learned.setdefault(f"{self.tag}passes", self._counts())
         self.unlink()
+
+    def _counts(self) -> Tensor:
+        return torch.tensor([self.wiring.passes, self.wiring.sampled])
 
     def count(self, module: nn.Module) -> None:
         """Before saving: everything is in the module, and so is the number of passes."""
+        if self.learner is not None:
+            self.learner.save(module)
+            return
         passes = self.learned.get(f"{self.tag}passes")
         if passes is not None:
-            passes.fill_(self.wiring.passes)
+            passes.copy_(self._counts())
         self.link(module)
 
     def unlink(self) -> None:
@@ -926,7 +1165,7 @@ class LayerState:
 
     def relink(self, module: nn.Module) -> None:
         """The module's tensors may be others now: moved, cast, loaded."""
-        if not self.saves:
+        if not self.saves or self.learner is not None:
             return
         found = {name: t for name, t in module._buffers.items() if name.startswith(self.tag) and t is not None}
         if not found:
@@ -934,7 +1173,7 @@ class LayerState:
         self.learned = found
         passes = found.get(f"{self.tag}passes")
         if passes is not None:
-            self.wiring.passes = max(self.wiring.passes, int(passes))
+            self.wiring.passes, self.wiring.sampled = (int(number) for number in passes)
         if self.scale is None and any(name.startswith(f"{self.tag}B") for name in found):
             self.scale, self.scale_note = 1.0, "learned, and loaded"
         self.forget_routes()
@@ -973,6 +1212,20 @@ class LayerState:
         if self.std is None:
             self.std, self.std_note = weight_scale(weight)
         return self.std
+
+
+def root_mean_square(tensors: Iterable[Tensor]) -> float:
+    """Over all entries of all of them that are floating point and have a value; 0 if there are none.
+
+    Formed in float32: squares of float16 numbers may be too large for float16, or too small.
+    """
+    total, count = 0.0, 0
+    for t in tensors:
+        if t.is_floating_point() and t.numel() and not t.is_meta:
+            dtype = torch.promote_types(t.dtype, torch.float32)
+            total += float(torch.linalg.vector_norm(t.detach(), dtype=dtype)) ** 2
+            count += t.numel()
+    return math.sqrt(total / count) if count else 0.0
 
 
 def parts_of(rule: Rule) -> tuple[Rule, ...]:

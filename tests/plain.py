@@ -94,9 +94,11 @@ def chain_gradients(layers, x, delta, hand_back, extra=None, prefix=""):
 def rule_gradients(rule, layers, x, e, feedback, extra=None, prefix=""):
     """:func:`chain_gradients` under ``dfa``, ``fa`` or ``bp``, with feedback by (prefixed) layer name."""
     W = {name: W for name, W, _ in layers}
+    # A layer with nothing to hand back has no feedback.
+    none = torch.zeros(())
     ways = {
-        "dfa": lambda name, delta: e @ feedback[prefix + name] if prefix + name in feedback else torch.zeros(()),
-        "fa": lambda name, delta: delta @ feedback[prefix + name],
+        "dfa": lambda name, delta: e @ feedback[prefix + name] if prefix + name in feedback else none,
+        "fa": lambda name, delta: delta @ feedback[prefix + name] if prefix + name in feedback else none,
         "bp": lambda name, delta: delta @ W[name],
     }
     return chain_gradients(layers, x, e, ways[rule], extra, prefix)

@@ -269,3 +269,12 @@ def test_the_pipeline_in_the_docs_is_what_the_command_prints() -> None:
     assert table([4, 8], [4, 8, 32], 4, 0.0) in text
     for schedule in ("1f1b", "split", "direct"):
         assert draw(Pipeline(schedule, 4, 4, steps=2)) in text
+
+
+def test_together_times_both_ways_in_turns() -> None:
+    from rewire.ablation import Cell
+
+    together = importlib.import_module("together")
+    now = iter(range(10_000))
+    found = together.turns(Cell("mlp", "dfa", 0), seeds=2, count=3, clock=lambda: float(next(now)))
+    assert found == [[1.0, 1.0]] * 3

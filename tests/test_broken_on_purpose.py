@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import rewire
+from rewire import exchange, passes, run
 from rewire.rules.direct import DFA
 from rewire.rules.local import USF
 
 from .reference.networks import RULES
-from .rule_checks import NETS, Problem, check_rule
+from .rule_checks import NETS, Problem, check_pass, check_rule
 
 
 def local(formula, **attributes):
@@ -200,3 +201,43 @@ def test_breaking_the_rules_own_class_is_found(monkeypatch):
     for rule in ("usf", "dfa"):
         with pytest.raises(AssertionError):
             check_rule(Problem("mlp"), rule)
+
+
+# The short ways that nearly every call takes: exchanged weights (local rules) and tickets x Bᵀ (direct rules).
+MECHANISM = {
+    "W is kept as it is": ("frsf", exchange.Exchange, "pack", lambda self, kept: kept),
+    "W comes back as it is": (
+        "frsf",
+        exchange.Exchange,
+        "unpack",
+        lambda self, packed: packed[0].t() if self.turned else packed[0],
+    ),
+    "B is turned round": ("fa", run._Backward, "combine", lambda self, W, R: R.flip(0)),
+    "the ticket is x twice Bᵀ": ("dfa", run, "linear", lambda x, B: torch.nn.functional.linear(x, 2 * B)),
+    "the ticket is none": ("dfa", run, "linear", lambda x, B: torch.nn.functional.linear(x, B).detach()),
+    "the ticket gets e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),
+}
+
+
+@pytest.mark.parametrize("how", MECHANISM)
+def test_breaking_the_mechanism_is_found(monkeypatch, how):
+    rule, owner, name, wrong = MECHANISM[how]
+    check_rule(Problem("mlp"), rule)
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_rule(Problem("mlp"), rule)
+
+
+@pytest.mark.parametrize("rule", ["dfa", "sdfa"])
+def test_the_short_way_is_taken_again_after_another_rule(rule):
+    problem = Problem("mlp")
+    rewire.convert(problem.model, rule, scale=0.3)
+    state = problem.model[2]._rewire
+    check_pass(problem, rule), check_pass(problem, rule)
+    assert state.mirror is not None
+    with rewire.use_rule(problem.model, "bp"):
+        assert state.mirror is None
+        check_pass(problem, "bp")
+    check_pass(problem, rule)
+    assert state.mirror is not None
+    check_pass(problem, rule)

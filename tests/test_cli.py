@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import rewire
-from rewire.ablation import runner
+from rewire.ablation import files, train, work
 from rewire.cli import main
 
 
@@ -36,35 +35,130 @@ def run(*args: str) -> int:
     return caught.value.code
 
 
-def test_ablate_prints_a_table_and_writes_its_rows(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "step_ratio", lambda cell: 1.0 if cell.rule == "bp" else 0.625)
+@pytest.fixture
+def quick(here: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What makes a run one of seconds: one model, one epoch, this process, no timing."""
+    monkeypatch.setattr(train, "step_ratio", lambda cell: 1.0 if cell.plain else 0.625)
+    return ["--model", "mlp", "--epochs", "1", "--workers", "0", "--alignments", "0", "--batch-size", "128"]
 
-    assert run("ablate", "--model", "mlp", "--rules", "bp,dfa", "--seeds", "2", "--epochs", "1") == 0
+
+def records(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_ablate_prints_a_table_and_writes_its_rows(
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("ablate", *quick, "--rules", "dfa", "--seeds", "2") == 0
 
     out, err = capsys.readouterr()
-    assert "dfa" in out and "0.62" in out and "test accuracy %" in out and "±" in out
-    assert err.count("seed") == 4 and "4/4" in err
+    assert "dfa" in out and "0.62" in out and "test accuracy %" in out and "±" in out and "shallow" in out
+    assert err.count("seed") == 6 and "6/6" in err
     (folder,) = (here / "runs").iterdir()
     assert folder.name in out
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert [(row["rule"], row["seed"]) for row in rows] == [("bp", 0), ("bp", 1), ("dfa", 0), ("dfa", 1)]
-    assert [row["step_ratio"] for row in rows] == [1.0, 1.0, 0.625, 0.625]
-    with (folder / "results.csv").open(newline="") as file:
-        assert [row["rule"] for row in csv.DictReader(file)] == ["bp", "bp", "dfa", "dfa"]
+    cells = [(row["cell"]["rule"], row["cell"]["seed"]) for row in records(folder)]  # type: ignore[index]
+    assert cells == [(rule, seed) for rule in ("bp", "dfa", "shallow") for seed in (0, 1)]
+    assert [row["step_ratio"] for row in records(folder)] == [1.0, 1.0, 0.625, 0.625, 0.625, 0.625]
+    about = json.loads((folder / "run.json").read_text())
+    assert about["grid"]["rules"] == ["dfa"] and about["command"].startswith("rewire ")
+
+
+def test_a_finished_run_is_shown_again_and_not_repeated(
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["ablate", *quick, "--rules", "dfa", "--seeds", "1", "--no-controls", "--out", "elsewhere"]
+    assert run(*args) == 0
+    first = (here / "elsewhere" / "results.jsonl").read_bytes()
+    monkeypatch.setattr(work, "run_cell", lambda *_, **__: pytest.fail("trained"))
+    capsys.readouterr()
+
+    for again in (args, ["ablate", "--resume", "elsewhere"], ["train", "--resume", "elsewhere"]):
+        assert run(*again) == 0
+        assert "dfa" in capsys.readouterr().out
+    assert (here / "elsewhere" / "results.jsonl").read_bytes() == first
+
+
+def test_more_cells_go_into_the_same_folder_and_others_do_not(
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["ablate", *quick, "--rules", "dfa", "--no-controls", "--out", "run"]
+    assert run(*args, "--seeds", "1") == 0
+    assert run(*args, "--seeds", "2") == 0
+    assert "1 of 2 cells are finished already" in capsys.readouterr().err
+    assert len(records(here / "run")) == 2
+    assert run(*args, "--seeds", "1") == 2
+    assert "seeds is [0, 1] there and [0] now" in capsys.readouterr().err
+    assert run(*args, "--seeds", "2", "--lr", "0.1") == 2
+    assert run("train", "--resume", "run") == 2
+    assert "holds 2 cells" in capsys.readouterr().err
+    assert len(records(here / "run")) == 2
+
+
+def test_a_toml_file_is_a_grid_and_options_go_before_it(here: Path, quick: list[str]) -> None:
+    (here / "grid.toml").write_text('rules = "fa dfa"\nseeds = 2\ncontrols = false\n')
+    assert run("ablate", "grid.toml", *quick, "--rule", "fa", "--out", "run") == 0
+    assert [row["cell"]["rule"] for row in records(here / "run")] == ["fa", "fa"]  # type: ignore[index]
+
+
+def test_layers_of_the_grid(here: Path, quick: list[str]) -> None:
+    layers = ["--layers", "", "--layers", "1=fa 3=usf"]
+    assert run("ablate", *quick, *layers, "--rule", "dfa", "--seeds", "1", "--no-controls", "--out", "run") == 0
+    found = [row["cell"]["layers"] for row in records(here / "run")]  # type: ignore[index]
+    assert found == [{}, {"1": "fa", "3": "usf"}]
+    assert len({row["final_loss"] for row in records(here / "run")}) == 2
 
 
 def test_rules_may_be_repeated_or_listed_and_count_once(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "step_ratio", lambda cell: 1.0)
-    args = ["ablate", "--model", "mlp", "--seeds", "1", "--epochs", "1", "--out", "elsewhere"]
+    args = ["ablate", *quick, "--seeds", "1", "--out", "elsewhere", "--no-controls"]
 
     assert run(*args, "--rule", "fa", "--rules", "dfa fa") == 0
 
-    assert len(list((here / "elsewhere").glob("*/results.jsonl"))) == 1
+    assert (here / "elsewhere" / "results.jsonl").exists()
     assert capsys.readouterr().err.count("seed") == 2
+
+
+def test_cells_that_fail_are_named_and_stop_no_others(
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = work.run_cell
+
+    def fails(cell: rewire.ablation.Cell, *rest: object, **options: object) -> object:  # type: ignore[name-defined]
+        if cell.rule == "fa":
+            raise ZeroDivisionError("two\nlines")
+        return real(cell, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(work, "run_cell", fails)
+    args = ["ablate", *quick, "--rules", "fa dfa", "--seeds", "1", "--no-controls", "--out", "run"]
+    assert run(*args) == 1
+    out, err = capsys.readouterr()
+    failed, done = records(here / "run")
+    assert failed["status"] == "failed" and failed["error"] == "ZeroDivisionError: two lines"
+    assert done["status"] == "done" and "1 of 1 failed" in out
+    assert err.splitlines()[-1].startswith("rewire: 1 of 2 cells failed: mlp fa seed 0 (")
+
+    assert run(*args) == 1  # not tried again by itself
+    monkeypatch.setattr(work, "run_cell", real)
+    assert run(*args, "--retry") == 0
+    assert [row["status"] for row in records(here / "run")] == ["done", "done"]
+
+
+def test_a_full_disk_is_one_line_and_the_way_on(
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, line: str) -> None:
+        with files.storing(path):
+            raise OSError(28, os.strerror(28))
+
+    args = ["ablate", *quick, "--rules", "dfa", "--seeds", "1", "--no-controls", "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "append", full)
+        assert run(*args) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rewire: cannot write to") and "No space left on device" in line
+    assert line.endswith("rewire ablate --resume run")
+    assert run("ablate", "--resume", "run", "--workers", "0") == 0
 
 
 @pytest.mark.parametrize(
@@ -91,7 +185,29 @@ def test_rules_may_be_repeated_or_listed_and_count_once(
         (["--threads", "0"], "threads must be above zero"),
         (["--seeds", "many"], "'many' is not a valid integer"),
         (["--rulez", "bp"], "--rule"),
+        (["--rule", "dfa(", "--model", "mlp"], "is not closed"),
+        (["--layers", "0"], "--layers takes PATTERN=RULE"),
+        (["--layers", "9=fa"], "no layer fits '9'"),
+        (["--layers", "1=ffa"], "did you mean 'fa'"),
+        (["--blocks", "9"], "no module fits '9'"),
+        (["--feedback", "lowrnk"], "did you mean 'lowrank'"),
+        (["--skip", "cutt"], "did you mean 'cut'"),
+        (["--scale", "big"], "unknown scale"),
+        (["--scale", "-1"], "scale must be above zero"),
+        (["--model", "timm:resnet81"], "did you mean 'resnet18'"),
+        (["--model", "rewire.ablation:Cells"], "did you mean 'Cell'"),
+        (["--data", "none.npz"], "no file none.npz"),
+        (["--data", "rewire.ablation:loads"], "did you mean 'load'"),
+        (["--workers", "-1"], "workers must be zero or more"),
+        (["--together", "-1"], "together must be zero or more"),
+        (["--alignments", "-1"], "alignments must be zero or more"),
+        (["--checkpoint-seconds", "-1"], "checkpoint seconds must be zero or more"),
+        (["--on", "rey"], "did you mean 'ray'"),
+        (["--resume", "nowhere"], "not the folder of a run"),
+        (["--resume", "nowhere", "--rule", "fa"], "without --rules"),
+        (["nowhere.toml"], "cannot read nowhere.toml"),
         (["--rules", "bp", "fa", "dfa"], "in quotes"),
+        (["--rules", "bp", "fa"], "cannot read fa"),
     ],
 )
 def test_a_wrong_request_gets_one_line_and_code_2_and_writes_nothing(
@@ -111,7 +227,29 @@ def test_a_misspelt_command_gets_one_line(here: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_what_a_rule_refuses_is_said_before_training(
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--rule", "dfaa"], "did you mean 'dfa'"),
+        (["--rule", "fa dfa"], "takes one rule"),
+        (["--model", "mlp cnn"], "takes one model"),
+        (["--seed", "-1"], "seed must be zero or more"),
+        (["--layers", "9=fa"], "no layer fits '9'"),
+        (["--optimizer", "sdg"], "did you mean 'sgd'"),
+        (["--epochs", "0"], "epochs must be above zero"),
+        (["--resume", "nowhere"], "not the folder of a run"),
+        (["--resume", "nowhere", "--model", "mlp"], "without --model"),
+        (["digits"], "unexpected extra argument"),
+    ],
+)
+def test_wrong_requests_of_train(here: Path, capsys: pytest.CaptureFixture[str], args: list[str], says: str) -> None:
+    assert run("train", *args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("rewire: ") and says in err and err.count("\n") == 1
+    assert not list(here.iterdir())
+
+
+def test_what_convert_refuses_is_said_before_training(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object, **options: object) -> None:
@@ -125,27 +263,73 @@ def test_what_a_rule_refuses_is_said_before_training(
 
 
 def test_an_interrupted_run_keeps_what_it_finished(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = runner.run_cell
+    real = work.run_cell
 
-    def until_seed_1(cell: runner.Cell, *rest: object) -> runner.Result:
+    def until_seed_1(cell: rewire.ablation.Cell, *rest: object, **options: object) -> object:  # type: ignore[name-defined]
         if cell.seed == 1:
             raise KeyboardInterrupt
-        return real(cell)
+        return real(cell, *rest, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "run_cell", until_seed_1)
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "run_cell", until_seed_1)
+        assert run("ablate", *quick, "--rule", "bp", "--seeds", "2", "--no-controls") == 130
+    (folder,) = (here / "runs").iterdir()
+    assert len(records(folder)) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"rewire ablate --resume {folder.relative_to(here)}")
+    assert run("ablate", "--resume", str(folder), "--workers", "0") == 0
+    assert len(records(folder)) == 2
 
-    assert run("ablate", "--model", "mlp", "--rule", "bp", "--epochs", "1") == 130
-    (file,) = here.glob("runs/*/results.jsonl")
-    assert len(file.read_text().splitlines()) == 1
-    assert "interrupted" in capsys.readouterr().err
+
+def test_train_is_a_run_of_one_cell(here: Path, quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", "--model", "mlp", "--epochs", "2", "--batch-size", "128", "--out", "run", "--tensorboard"]
+    pytest.importorskip("tensorboard")
+    assert run(*args) == 0
+    out, err = capsys.readouterr()
+    assert "epoch 1  loss" in err and "epoch 2  loss" in err and "run/results.jsonl" in out
+    (record,) = records(here / "run")
+    assert record["cell"]["rule"] == "dfa" and len(record["history"]) == 2  # type: ignore[index, arg-type]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(here / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("accuracy/test")] == [1, 2]
+    assert [e.value for e in events.Scalars("loss/epoch")] == pytest.approx(
+        [epoch["loss"] for epoch in record["history"]]  # type: ignore[attr-defined]
+    )
+    assert len(events.Scalars("loss/step")) == 2 * 12
 
 
-@pytest.mark.parametrize("args", [["--help"], ["ablate", "--help"], ["ablate", "-h"], []])
+def test_train_goes_on_where_it_stopped(
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["train", "--model", "mlp", "--epochs", "3", "--batch-size", "128", "--checkpoint-seconds", "0"]
+    assert run(*args, "--out", "whole") == 0
+    real = train._Run._epoch
+
+    def until_epoch_2(self: train._Run) -> float:
+        if self.progress.epoch == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "_epoch", until_epoch_2)
+        assert run(*args, "--out", "parts") == 130
+    assert "rewire train --resume parts" in capsys.readouterr().err
+    assert run("train", "--resume", "parts") == 0
+    assert "epoch 3" in capsys.readouterr().err
+    whole, parts = records(here / "whole")[0], records(here / "parts")[0]
+    assert [e["loss"] for e in parts["history"]] == [e["loss"] for e in whole["history"]]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["ablate", "--help"], ["ablate", "-h"], ["train", "--help"], ["inspect", "--help"], []]
+)
 def test_help_has_an_example(here: Path, capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
     assert run(*args) == 0
-    assert "Example: rewire ablate" in capsys.readouterr().out
+    assert "Example: rewire " in capsys.readouterr().out
 
 
 def test_python_dash_m_is_the_same_command(here: Path) -> None:

@@ -180,3 +180,80 @@ def test_a_layer_that_never_runs_at_all_is_warned_about_once():
     result = rewire.verify(model, X, lambda out: F.cross_entropy(out, Y))
     assert not result.ok
     assert {layer.name: layer.status for layer in result.layers}["never"] == "dead"
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inward, self.a, self.b, self.head = (nn.Linear(5, 5) for _ in range(4))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        for layer in (self.inward, self.a, self.b):
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_a_layer_that_runs_is_no_use_of_another_that_shares_its_weight(rule):
+    model = rewire.convert(Tied(), rule)
+    x = torch.randn(6, 5)
+    for _ in range(3):
+        model(x).square().mean().backward()
+    roles = {row.name: row.role for row in rewire.summary(model).rows}
+    assert roles == {"inward": "hidden", "a": "hidden", "b": "hidden", "head": "output"}
+    assert rewire.verify(model, x, lambda y: y.square().mean()).ok
+    assert set(rewire.feedback(model)) == ({"a", "b", "head"} if rule == "dfa" else {"inward", "a", "b", "head"})
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_all_of_a_weight_turned_has_no_number(rule):
+    """``x @ w.t()`` uses all of the weight, square or not: its feedback is the layer's own."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.wide, self.head = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 4)
+
+        def forward(self, x):
+            self.h = torch.tanh(self.a(x))
+            self.h.retain_grad()
+            return self.head(torch.tanh(self.h @ self.wide.weight.t()))
+
+    torch.manual_seed(0)
+    model = rewire.convert(Net().double(), rule, scale=0.3)
+    for _ in range(2):
+        one_pass(model)
+    B = rewire.feedback(model)
+    assert B.keys() - {"a"} == {"wide", "head"}
+    e, t = rewire.output_error(model), torch.tanh(model.h.detach() @ model.wide.weight.detach().t())
+    handed = e @ B["wide"] if rule == "dfa" else ((e @ B["head"]) * (1 - t**2)) @ B["wide"]
+    torch.testing.assert_close(model.h.grad, handed)
+
+
+@pytest.mark.parametrize("width", [5, 6])
+def test_a_weight_used_both_ways_has_a_feedback_for_each(width):
+    """A tied decoder, square too: W one way and its transpose the other."""
+
+    class Auto(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.used = nn.Linear(5, 6), nn.Linear(6, width)
+
+        def forward(self, x):
+            self.h = torch.tanh(self.first(x))
+            self.t = torch.tanh(self.used(self.h))
+            self.h.retain_grad(), self.t.retain_grad()
+            return F.linear(self.t, self.used.weight.t())
+
+    torch.manual_seed(0)
+    model = rewire.convert(Auto().double(), "dfa", scale=0.3)
+    for _ in range(2):
+        model.zero_grad()
+        y = model(X)
+        y.square().sum().backward()
+    B, e = rewire.feedback(model), 2 * y.detach()
+    assert B["used"].shape == (6, 6) and B["used#1"].shape == (6, width)
+    torch.testing.assert_close(model.h.grad, e @ B["used"])
+    torch.testing.assert_close(model.t.grad, e @ B["used#1"])
+    assert rewire.verify(model, X, lambda out: out.square().sum()).ok

@@ -1,4 +1,4 @@
-"""dkp and grape against NumPy, from their equations: feedback updates included, over several optimizer steps."""
+"""dkp and grape against NumPy, written from their equations: feedback updates included, over several steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batches(n, shape=(6, 5), seed=1):
 
 
 class NumpyMLP:
-    """Softmax regression on tanh layers, trained by gradient descent; layer l hands back e ``B[l]``, (n, inputs)."""
+    """Softmax regression on tanh layers, trained by gradient descent; layer l hands back by ``B[l]`` (n, inputs)."""
 
     def __init__(self, model):
         p = parameters(model)

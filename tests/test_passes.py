@@ -289,6 +289,38 @@ def test_a_thousand_training_passes_leave_nothing():
         assert counts() == before
 
 
+@WHEN
+def test_an_output_after_a_backward_that_kept_the_graph(later):
+    """What was run before feeds it too: the same gradients as with the sum of both losses."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def hidden(self, x):
+            return torch.tanh(self.b(torch.tanh(self.a(x))))
+
+        def forward(self, x):
+            return self.c(self.hidden(x))
+
+    def passes(apart):
+        model = rewire.convert(seeded(Net), "dfa", scale=SCALE)
+        if later:
+            settled(model, X, LOSS)
+        h = model.hidden(X)
+        first = LOSS(model.c(h))
+        if apart:
+            first.backward(retain_graph=True)
+        second = 3 * LOSS(-model.c(torch.cos(h)))
+        (second if apart else first + second).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    check_same = passes(apart=False)
+    for name, gradient in passes(apart=True).items():
+        same(gradient, check_same[name], name)
+
+
 def test_a_kept_loss_keeps_no_error_alive():
     model = ready("dfa", later=True)
     losses = []

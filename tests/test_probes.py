@@ -331,7 +331,7 @@ def test_least_squares_from_probes():
     class ByProbe(LearnedDirect):
         probes = True
 
-        def probe(self, passes):
+        def probe_number(self, passes):
             return passes
 
         def signal(self, error, targets, axis):

@@ -483,3 +483,32 @@ def test_python_and_numpy_randomness_is_the_same_in_all_passes():
 def test_the_table():
     text = str(rewire.verify(made(mlp), X, loss_of))
     assert "ok" in text and "2 live, 1 first layer" in text and "1.000" in text
+
+
+def test_a_head_without_an_error_in_this_pass():
+    """As a detector's, on levels where no box lies: nothing to measure a scale by, and nothing wrong."""
+
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(5, 6)
+            self.one, self.two = (nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(2))
+
+        def forward(self, x):
+            h = torch.tanh(self.stem(x))
+            return self.one(h), self.two(h)
+
+    model = made(Levels)
+    both = [lambda out: loss_of(out[0]) + 0 * loss_of(out[1]), lambda out: loss_of(out[0]) + loss_of(out[1])]
+    for _ in range(2):
+        both[0](model(X)).backward()
+    result = rewire.verify(model, X, both[0])
+    assert result.ok, str(result)
+    status = {layer.name: layer.status for layer in result.layers}
+    assert status == {
+        "stem": "first layer",
+        **{"one.0": "live", "one.2": "live"},
+        **{"two.0": "not run", "two.2": "not run"},
+    }
+    result = rewire.verify(model, X, both[1])  # its copy measures when there is an error
+    assert result.ok and all(layer.status in ("live", "first layer") for layer in result.layers), str(result)

@@ -354,9 +354,11 @@ class Siamese(nn.Module):
         return self.head(h.reshape(len(x), -1) if self.interleaved else torch.cat(h.chunk(2), 1))
 
 
-def test_feedback_of_other_samples_errors_is_wrong():
-    """The library takes 2N rows for pairs side by side; the shapes do not tell, but backprop does."""
+def test_feedback_of_other_samples_errors_is_wrong(monkeypatch):
+    """2N rows may be pairs side by side or two batches; the shapes do not tell, but backprop does."""
     assert rewire.verify(made(lambda: Siamese(interleaved=True)), X, loss_of).ok
+    assert rewire.verify(made(Siamese), X, loss_of).ok  # seen to be two batches
+    monkeypatch.setattr(run, "_note_stacks", lambda state, x: None)
     result = check(made(Siamese), "body")
     assert "other samples" in str(result.layers[1].note)
     assert rewire.verify(made(Siamese, "fa"), X, loss_of).ok

@@ -1,14 +1,75 @@
 """Importing torchvision beside a torch that it was not built for.
 
 torchvision's compiled operations belong to other builds of torch than the CPU one. Importing torchvision (as timm
-does) needs no more than their names.
+does) needs no more than their names; detectors also need :func:`detectors` to be called.
 """
 
 import contextlib
+import importlib
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 operations = torch.library.Library("torchvision", "FRAGMENT")
 for name in ("nms", "qnms"):
     with contextlib.suppress(RuntimeError):
         operations.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def detectors() -> None:
+    """Put plain torch in the place of the compiled operations that detectors need, if those are missing."""
+    if importlib.import_module("torchvision.extension")._has_ops():
+        return
+    boxes: Any = importlib.import_module("torchvision.ops.boxes")
+    boxes._assert_has_ops = lambda: None
+    operations.impl("nms", suppressed, "CPU")
+    # torchvision's own in Python is meant to be compiled, and slow otherwise.
+    pooling: Any = importlib.import_module("torchvision.ops.roi_align")
+    pooling._roi_align = pooled
+
+
+def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Indices, best score first, of the boxes that overlap no better one by more than ``threshold``."""
+    order = scores.argsort(descending=True, stable=True)
+    low, high = boxes[order].chunk(2, 1)
+    sides = (torch.minimum(high[:, None], high) - torch.maximum(low[:, None], low)).clamp(min=0)
+    shared, area = sides.prod(2), (high - low).prod(1)
+    over = (shared / (area[:, None] + area - shared) > threshold).triu(1)
+    kept = torch.ones(len(order), dtype=torch.bool)
+    for i in range(len(order)):
+        if kept[i]:
+            kept &= ~over[i]
+    return order[kept]
+
+
+def pooled(images: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool) -> Tensor:
+    """``torchvision.ops.roi_align`` with a fixed number of samples in a cell.
+
+    Args:
+        images: (N, C, H, W).
+        rois: (K, 5): number of the image, x1, y1, x2, y2.
+
+    Returns:
+        (K, C, height, width)
+    """
+    assert ratio > 0
+    low, high = (rois[:, 1:] * scale - (0.5 if aligned else 0.0)).chunk(2, 1)
+    sides = high - low if aligned else (high - low).clamp(min=1)
+
+    def samples(low: Tensor, side: Tensor, cells: int, size: int) -> tuple[Tensor, Tensor]:
+        at = low[:, None] + side[:, None] * (torch.arange(cells * ratio).to(low) + 0.5) / (cells * ratio)
+        return at.clamp(0, size - 1) / max(size - 1, 1) * 2 - 1, (at >= -1) & (at <= size)
+
+    x, x_inside = samples(low[:, 0], sides[:, 0], width, images.shape[3])
+    y, y_inside = samples(low[:, 1], sides[:, 1], height, images.shape[2])
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+    inside = y_inside[:, None, :, None] & x_inside[:, None, None, :]
+    out = images.new_zeros(len(rois), images.shape[1], height, width)
+    for i, image in enumerate(images):
+        rows = torch.where(rois[:, 0] == i)[0]
+        found = F.grid_sample(image[None], grid[rows].flatten(0, 1)[None], align_corners=True)
+        found = found[0].unflatten(1, (len(rows), height * ratio)).transpose(0, 1) * inside[rows]
+        out = out.index_copy(0, rows, F.avg_pool2d(found, ratio))
+    return out

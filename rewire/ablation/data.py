@@ -1,7 +1,8 @@
-"""Data sets, whole in memory: images (N, C, H, W) as float32 with mean 0 and deviation 1, labels (N,)."""
+"""Data sets, whole in memory: ours are images (N, C, H, W) as float32 with mean 0 and deviation 1, and labels (N,)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,17 +13,19 @@ import torch
 from torch import Tensor
 
 from rewire.errors import nearest
+from rewire.specs.from_python import find
 
-from . import idx
-from .inputs import InputError, one_of
+from . import idx, npz
+from .inputs import InputError
 
 Labels = npt.NDArray[np.int64]
 _NAMES = ("digits", "fashion-mnist")
+IN_A_FOLDER = ("fashion-mnist",)  # these need to be told where their files are
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """Training and held-out test images (N, C, H, W) with their labels (N,) as int64."""
+    """Training and held-out test samples (N, ...) with their labels as int64: (N,), or more for one per position."""
 
     name: str
     x_train: Tensor
@@ -32,31 +35,55 @@ class Dataset:
     classes: int
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of one image."""
-        _, channels, height, width = self.x_train.shape
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W) for images."""
+        return tuple(self.x_train.shape[1:])
 
 
 def names() -> list[str]:
-    """Names that :func:`load` takes."""
+    """Names of data sets of ours."""
     return list(_NAMES)
+
+
+def check(name: str) -> None:
+    """Raise an :class:`InputError` unless :func:`load` knows what ``name`` is. Nothing is loaded."""
+    if name.endswith(".npz"):
+        if not Path(name).is_file():
+            npz.read(Path(name))  # says what is wrong
+    elif ":" in name:
+        _factory(name)
+    elif name not in _NAMES:
+        known = f"{', '.join(_NAMES)}; or FILE.npz or package.module:function"
+        raise InputError(f"unknown data set {name!r}{nearest(name.lower(), _NAMES)}; known are {known}")
 
 
 @lru_cache(maxsize=4)
 def load(name: str, folder: Path | None = None) -> Dataset:
     """The data set called ``name``; ``folder`` holds its files where it needs any.
 
+    ==========================  ===========================================================================
+    ``digits``                  8×8 digits that come with scikit-learn
+    ``fashion-mnist``           28×28 articles, from four IDX files in ``folder``
+    ``path/to/file.npz``        with x_train, y_train, x_test and y_test (:mod:`.npz`)
+    ``package.module:function`` that returns these four; the current directory is importable
+    ==========================  ===========================================================================
+
     Kept in memory, because every cell of a grid asks for it. Treat the tensors as read-only.
 
     Raises:
         InputError: the name is unknown, the folder or a file is missing, or a file is damaged.
     """
-    one_of("data set", name, _NAMES)
+    check(name)
     if name == "digits":
         if folder is not None:
             raise InputError("digits come with scikit-learn and take no data directory")
         return _digits()
+    if name not in _NAMES:
+        if folder is not None:
+            raise InputError(f"{name} takes no data directory")
+        arrays = npz.read(Path(name)) if name.endswith(".npz") else npz.parts(name, _factory(name)())
+        x_train, y_train, x_test, y_test = npz.tensors(name, arrays)
+        return Dataset(name, x_train, y_train, x_test, y_test, 1 + int(max(y_train.max(), y_test.max())))
     if folder is None:
         raise InputError(f"{name} needs --data-dir, the folder with its four IDX files")
     return _fashion(folder)
@@ -114,9 +141,10 @@ def _dataset(
     x_test: npt.NDArray[np.generic],
     y_test: npt.NDArray[np.generic],
 ) -> Dataset:
-    train, test = (torch.from_numpy(x).float().unsqueeze(1) for x in (x_train, x_test))
-    # The test images are scaled with the training images' numbers: nothing of them is looked at.
-    std, mean = torch.std_mean(train)
-    train.sub_(mean).div_(std)
-    test.sub_(mean).div_(std)
+    train, test = npz.standardised(*(torch.from_numpy(x).float().unsqueeze(1) for x in (x_train, x_test)))
     return Dataset(name, train, torch.from_numpy(y_train).long(), test, torch.from_numpy(y_test).long(), 10)
+
+
+def _factory(name: str) -> Callable[[], object]:
+    module, _, function = name.partition(":")
+    return find(module, function, gives="data")

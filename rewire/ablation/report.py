@@ -1,79 +1,141 @@
-"""The table: one row per model and rule, mean ± deviation over seeds."""
+"""The table on the terminal: one row per configuration, mean ± deviation over seeds."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from rich.table import Table
 
 from .cell import Cell, Result
 
 METRICS = ("accuracy", "error")
+_OWN_COLUMN = ("model", "rule", "seed", "data_dir", "alignments")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Row:
-    """All seeds of one model under one rule."""
+    """All seeds of one configuration.
 
-    model: str
-    rule: str
+    Attributes:
+        cell: of the first seed.
+        accuracies: of those that gave one.
+        losses: final ones, of those that did not diverge.
+        gammas: last alignments, of those that have one.
+        flags: what makes these alignments doubtful, each once.
+        step_ratio: mean over seeds.
+    """
+
+    cell: Cell
     accuracies: tuple[float, ...]
     losses: tuple[float, ...]
+    gammas: tuple[float, ...]
+    flags: tuple[str, ...]
     step_ratio: float | None
     diverged: int
+    failed: int
+    seeds: int
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """``results`` grouped by model and rule, in the order they first appear."""
-    groups: dict[tuple[str, str], list[Result]] = {}
+    """``results`` grouped by everything but the seed, in the order they first appear."""
+    groups: dict[Cell, list[Result]] = {}
     for result in results:
-        groups.setdefault((result.cell.model, result.cell.rule), []).append(result)
-    return [
-        Row(
-            model,
-            rule,
-            tuple(result.accuracy for result in group),
-            tuple(result.final_loss for result in group),
-            group[0].step_ratio,
-            sum(result.diverged for result in group),
-        )
-        for (model, rule), group in groups.items()
-    ]
+        groups.setdefault(replace(result.cell, seed=0), []).append(result)
+    return [_row(group) for group in groups.values()]
+
+
+def _row(group: Sequence[Result]) -> Row:
+    ratios = [result.step_ratio for result in group if result.step_ratio is not None]
+    last = [result.alignment[-1] for result in group if result.alignment]
+    return Row(
+        cell=group[0].cell,
+        accuracies=tuple(result.accuracy for result in group if result.accuracy is not None),
+        losses=tuple(r.final_loss for r in group if r.final_loss is not None and r.status == "done"),
+        gammas=tuple(result.gamma for result in group if result.gamma is not None),
+        flags=tuple(dict.fromkeys(flag for each in last for flag in each.get("flags", ()))),
+        step_ratio=statistics.fmean(ratios) if ratios else None,
+        diverged=sum(result.status == "diverged" for result in group),
+        failed=sum(result.status == "failed" for result in group),
+        seeds=len(group),
+    )
 
 
 def table(results: Sequence[Result], metric: str = "accuracy") -> Table:
-    """A table of :func:`rows`; ``metric`` is ``accuracy`` or ``error``, both on the test images in %."""
+    """A table of :func:`rows`; ``metric`` is ``accuracy`` or ``error``, both on the test samples in %.
+
+    What differs between rows beside model and rule has a column of its own. Γ marked with ! is flagged: do not trust it
+    before you have read why.
+    """
+    found = rows(results)
+    varying = [
+        field.name
+        for field in fields(Cell)
+        if field.name not in _OWN_COLUMN and len({getattr(r.cell, field.name) for r in found if not r.cell.plain}) > 1
+    ]
+    # Plain backprop has no feedback, so only what it shares with the others can differ there.
+    aligned = any(row.gammas or row.flags for row in found)
     out = Table()
-    for name in ("model", "rule"):
-        out.add_column(name)
-    for name in (f"test {metric} %", "step time ÷ bp", "final loss"):
+    for name in ("model", "rule", *varying):
+        out.add_column(name.replace("_", " "))
+    for name in (f"test {metric} %", *(["Γ"] if aligned else []), "step ÷ bp", "final loss"):
         out.add_column(name, justify="right")
     previous = None
-    for row in rows(results):
-        if previous not in (None, row.model):
+    for row in found:
+        if previous not in (None, row.cell.model):
             out.add_section()
         shown = [100 * (value if metric == "accuracy" else 1 - value) for value in row.accuracies]
-        ratio = "–" if row.step_ratio is None else f"{row.step_ratio:.2f}"
-        loss = f"{row.diverged} of {len(shown)} diverged" if row.diverged else spread(row.losses, 4)
-        name = "" if row.model == previous else row.model
-        out.add_row(name, row.rule, spread(shown, 2), ratio, loss)
-        previous = row.model
+        out.add_row(
+            "" if row.cell.model == previous else row.cell.model,
+            row.cell.rule,
+            *(_setting(getattr(row.cell, name)) for name in varying),
+            spread(shown, 2),
+            *([spread(row.gammas, 2) + (" !" if row.flags else "")] if aligned else []),
+            "–" if row.step_ratio is None else f"{row.step_ratio:.2f}",
+            _ended(row) or spread(row.losses, 4),
+        )
+        previous = row.cell.model
     return out
 
 
+def _ended(row: Row) -> str:
+    found = [(row.diverged, "diverged"), (row.failed, "failed")]
+    return ", ".join(f"{count} of {row.seeds} {what}" for count, what in found if count)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join("=".join(item) if isinstance(item, tuple) else str(item) for item in value) or "–"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def spread(values: Sequence[float], digits: int) -> str:
-    """``mean ± sample deviation``, or the mean alone for one value."""
+    """``mean ± sample deviation``, or the mean alone for one value, or a dash for none."""
+    if not values:
+        return "–"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def title(cell: Cell) -> str:
+def title(cells: Sequence[Cell]) -> str:
     """What all cells of a grid share, in one line."""
-    momentum = f", momentum {cell.momentum:g}" if cell.momentum else ""
-    decay = f", weight decay {cell.weight_decay:g}" if cell.weight_decay else ""
-    return (
-        f"{cell.data}: {cell.epochs} epochs, batch {cell.batch_size}, "
-        f"{cell.optimizer} {cell.lr:g}{momentum}{decay}, {cell.schedule}"
-    )
+
+    def same(name: str) -> Any:
+        found = {getattr(cell, name) for cell in cells}
+        return found.pop() if len(found) == 1 else None
+
+    parts = [
+        f"{number} epochs" if (number := same("epochs")) else "",
+        f"batch {b}" if (b := same("batch_size")) else "",
+    ]
+    if optimizer := same("optimizer"):
+        parts.append(f"{optimizer} {lr:g}" if (lr := same("lr")) else optimizer)
+    parts += [
+        f"momentum {m:g}" if (m := same("momentum")) else "",
+        f"weight decay {w:g}" if (w := same("weight_decay")) else "",
+    ]
+    parts.append(same("schedule") or "")
+    data = ", ".join(dict.fromkeys(cell.data for cell in cells))
+    return f"{data}: {', '.join(part for part in parts if part)}"

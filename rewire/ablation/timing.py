@@ -6,6 +6,7 @@ on the same batches, swapping who goes first, and what counts is the median of t
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,21 +17,24 @@ from torch import Tensor
 
 from .cell import Cell
 from .data import load
-from .train import make_trainer
+from .random_state import seeded
+from .trainer import make_trainer
 
 Step = Callable[[Tensor, Tensor], object]
 Batch = tuple[Tensor, Tensor]
 
 WARM_UP = 5  # the first pass is exact backprop under scale="auto", and allocators settle
-PAIRS = 60
+PAIRS = 20
+SECONDS = 5.0
 
 
-def step_ratio(cell: Cell, *, pairs: int = PAIRS) -> float:
+def step_ratio(cell: Cell, *, pairs: int = PAIRS, seconds: float = SECONDS) -> float:
     """Time of a training step under ``cell.rule`` over that under backprop; 1 for ``bp`` by definition.
 
-    A step is everything :meth:`.train.Trainer.step` does: zeroing, forward, backward and the optimizer.
+    A step is everything :meth:`.trainer.Trainer.step` does: zeroing, forward, backward and the optimizer. No new turn
+    begins after so many ``seconds``: the steps of large models need no average over many.
     """
-    if cell.rule == "bp":
+    if cell.plain:
         return 1.0
     data = load(cell.data, cell.data_dir)
     order = torch.Generator().manual_seed(0)
@@ -38,12 +42,14 @@ def step_ratio(cell: Cell, *, pairs: int = PAIRS) -> float:
     picks = (torch.randperm(len(data.x_train), generator=order)[:size] for _ in range(WARM_UP + pairs))
     batches = [(data.x_train[pick], data.y_train[pick]) for pick in picks]
 
-    rule, reference = (make_trainer(each, data).step for each in (cell, replace(cell, rule="bp")))
-    with torch.random.fork_rng(devices=[]):
+    rule, reference = (make_trainer(each, data).step for each in (cell, replace(cell, rule="bp", layers=(), blocks=())))
+    began = time.perf_counter()
+    with seeded(cell.seed):
         for x, y in batches[:WARM_UP]:
             reference(x, y)
             rule(x, y)
-        return paired_ratio(rule, reference, batches[WARM_UP:])
+        taken = itertools.takewhile(lambda _: time.perf_counter() - began < seconds, batches[WARM_UP + 1 :])
+        return paired_ratio(rule, reference, itertools.chain(batches[WARM_UP : WARM_UP + 1], taken))
 
 
 def paired_ratio(

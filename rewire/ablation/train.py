@@ -1,130 +1,150 @@
-"""Training one cell."""
+"""Training one cell, from the beginning or from its checkpoint."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
-import rewire
-
-from . import models
-from .cell import Cell, Epoch, Result
+from . import checkpoint, random_state
+from .cell import Cell, Result
 from .data import Dataset, load
+from .memory import peak_mb, reset_peak
+from .models import Net
+from .progress import History, Listener, Progress, measure, measured_after
+from .timing import step_ratio
+from .trainer import Trainer, accuracy, make_optimizer, make_trainer, steps_per_epoch
+
+EVERY = 30.0  # seconds between checkpoints
 
 
-@dataclass(slots=True)
-class Trainer:
-    """A model with its optimizer; :meth:`step` is the whole of what training does per batch."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: LRScheduler | None = None
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One update on images (N, C, H, W) and labels (N,); returns the loss before it, a scalar."""
-        self.optimizer.zero_grad(set_to_none=True)
-        # For rules that project the targets in place of the error; the others never look.
-        with rewire.targets(y):
-            loss = F.cross_entropy(self.model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
-        return loss.detach()
-
-
-def make_trainer(cell: Cell, data: Dataset) -> Trainer:
-    """The model of ``cell``, freshly initialised from its seed and converted, with its optimizer.
-
-    The initial weights depend on the model and the seed alone, so all rules start from the same ones.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cell.seed)
-        model: nn.Module = models.build(cell.model, data.shape, data.classes)
-    # Backprop is the baseline: it stays plain PyTorch, with none of our code in its path.
-    if cell.rule != "bp":
-        rewire.convert(model, cell.rule, seed=cell.seed)
-
-    optimizer: torch.optim.Optimizer
-    if cell.optimizer == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=cell.lr, weight_decay=cell.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=cell.lr, momentum=cell.momentum, weight_decay=cell.weight_decay
-        )
-    schedule = None
-    if cell.schedule == "cosine":
-        batches = math.ceil(len(data.x_train) / cell.batch_size)
-        schedule = CosineAnnealingLR(optimizer, T_max=cell.epochs * batches)
-    return Trainer(model, optimizer, schedule)
-
-
-def run_cell(cell: Cell, on_epoch: Callable[[Epoch], None] | None = None) -> Result:
+def run_cell(
+    cell: Cell, folder: Path | None = None, listener: Listener | None = None, *, every: float = EVERY
+) -> Result:
     """Train ``cell`` and test it after every epoch.
 
-    Depends on nothing but ``cell`` and leaves torch's global generator as it was. ``on_epoch`` is told
-    of each epoch as it ends.
+    Depends on nothing but ``cell`` and leaves global random state as it was.
+
+    Args:
+        folder: for checkpoints and history; if it holds a checkpoint, training goes on there. None: none are kept.
+        listener: told of each step and epoch.
+        every: seconds between checkpoints; one is written at the end in any case.
+
+    Raises:
+        RewireError: the rule and the model do not go together.
+        StorageError: the disk does not take a checkpoint.
     """
-    began = time.perf_counter()
     data = load(cell.data, cell.data_dir)
-    trainer = make_trainer(cell, data)
-    order = torch.Generator().manual_seed(cell.seed)
-    history: list[Epoch] = []
-    step_times: list[float] = []
-
-    # Rules may draw noise while training; it too is a matter of the cell's seed, and of nobody else's.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cell.seed)
-        for number in range(1, cell.epochs + 1):
-            loss = _epoch(trainer, data, cell.batch_size, order, step_times)
-            history.append(Epoch(number, loss, accuracy(trainer.model, data.x_test, data.y_test)))
-            if on_epoch is not None:
-                on_epoch(history[-1])
-            if not math.isfinite(loss):
-                break
-
-    last = history[-1]
+    reset_peak()
+    with random_state.seeded(cell.seed):
+        run = _Run(cell, data, folder, listener, every)
+        run.train()
+    last = run.progress.history[-1]
     return Result(
         cell=cell,
+        status="done" if math.isfinite(last.loss) else "diverged",
         accuracy=last.accuracy,
         final_loss=last.loss,
-        step_ms=1e3 * statistics.median(step_times),
-        seconds=time.perf_counter() - began,
-        diverged=not math.isfinite(last.loss),
-        history=tuple(history),
+        history=tuple(run.progress.history),
+        alignment=tuple(run.progress.alignment),
+        step_ms=1e3 * statistics.median(run.progress.step_times),
+        memory_mb=peak_mb(),
+        step_ratio=step_ratio(cell),
+        seconds=run.progress.seconds,
     )
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1000) -> float:
-    """Share of images (N, C, H, W) whose largest output is their label (N,); leaves the mode as it was."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        parts = [slice(start, start + batch_size) for start in range(0, len(y), batch_size)]
-        right = sum(int((model(x[part]).argmax(1) == y[part]).sum()) for part in parts)
-    model.train(was_training)
-    return right / len(y)
+class _Run:
+    def __init__(self, cell: Cell, data: Dataset, folder: Path | None, listener: Listener | None, every: float) -> None:
+        self.cell, self.data, self.listener, self.every = cell, data, listener or Listener(), every
+        self.path = None if folder is None else folder / checkpoint.NAME
+        self.order = torch.Generator().manual_seed(cell.seed)
+        kept = None if self.path is None else checkpoint.load(self.path)
+        if kept is None or kept["cell"] != cell.config():
+            self.trainer = make_trainer(cell, data)
+            self.progress = Progress(self.order.get_state())
+        else:
+            self.trainer = _trainer_from(kept, cell, data)
+            self.progress = kept["progress"]
+            self.order.set_state(self.progress.order)
+            random_state.put_back(kept["random"])
+        self.history = History(folder, self.progress.history)
+        self.saved = time.perf_counter()
+
+    def train(self) -> None:
+        """Every epoch that is still to be done."""
+        progress, wanted = self.progress, measured_after(self.cell)
+        self.listener.began(progress.history, progress.alignment)
+        while progress.epoch <= self.cell.epochs and not self._diverged():
+            number = progress.epoch
+            mean = self._epoch()
+            began = time.perf_counter()
+            test = accuracy(self.trainer.net, self.data.x_test, self.data.y_test)
+            progress.spent(time.perf_counter() - began)
+            if number in wanted and math.isfinite(mean) and not self.cell.plain:
+                steps = number * steps_per_epoch(self.cell, self.data)
+                found = measure(self.trainer.net, self.data, number, steps)
+                if found is not None:
+                    progress.alignment.append(found)
+            epoch = progress.end_epoch(mean, test, self.order.get_state())
+            self.history.add(epoch)
+            if progress.epoch > self.cell.epochs or self._diverged():
+                self._save()
+            self.listener.epoch(epoch, progress.last_alignment(number))
+
+    def _diverged(self) -> bool:
+        return bool(self.progress.history) and not math.isfinite(self.progress.history[-1].loss)
+
+    def _epoch(self) -> float:
+        """The rest of one pass over the training data: mean loss per sample, or the first that is not finite."""
+        progress, data, size = self.progress, self.data, self.cell.batch_size
+        shuffled = torch.randperm(len(data.x_train), generator=self.order)
+        steps = steps_per_epoch(self.cell, data)
+        for start in range(progress.step * size, len(shuffled), size):
+            batch = shuffled[start : start + size]
+            x, y = data.x_train[batch], data.y_train[batch]
+            began = time.perf_counter()
+            value = float(self.trainer.step(x, y))
+            took = time.perf_counter() - began
+            progress.step_times.append(took)
+            progress.spent(took)
+            if not math.isfinite(value):
+                return value
+            progress.total += value * len(batch)
+            progress.step += 1
+            self.listener.step((progress.epoch - 1) * steps + progress.step, self.cell.epochs * steps, value)
+            if time.perf_counter() - self.saved >= self.every:
+                self._save()
+        return progress.total / len(shuffled)
+
+    def _save(self) -> None:
+        """Between steps only: what is kept is exactly what the next step starts from."""
+        if self.path is None:
+            return
+        trainer = self.trainer
+        kept = {
+            "cell": self.cell.config(),
+            "progress": self.progress,
+            "net": trainer.net,
+            "optimizer": trainer.optimizer.state_dict(),
+            "schedule": None if trainer.schedule is None else trainer.schedule.state_dict(),
+            "random": random_state.state(),
+        }
+        if not checkpoint.save(self.path, kept):
+            self.path = None
+        self.saved = time.perf_counter()
 
 
-def _epoch(trainer: Trainer, data: Dataset, batch_size: int, order: torch.Generator, step_times: list[float]) -> float:
-    """One pass over the training data; mean loss per image, or the first loss that is not finite."""
-    total = 0.0
-    shuffled = torch.randperm(len(data.x_train), generator=order)
-    for start in range(0, len(shuffled), batch_size):
-        batch = shuffled[start : start + batch_size]
-        x, y = data.x_train[batch], data.y_train[batch]
-        began = time.perf_counter()
-        loss = float(trainer.step(x, y))
-        step_times.append(time.perf_counter() - began)
-        if not math.isfinite(loss):
-            return loss
-        total += loss * len(batch)
-    return total / len(shuffled)
+def _trainer_from(kept: dict[str, Any], cell: Cell, data: Dataset) -> Trainer:
+    """The trainer that a checkpoint holds."""
+    net: Net = kept["net"]
+    steps = cell.epochs * steps_per_epoch(cell, data)
+    optimizer, schedule = make_optimizer(cell, list(net.model.parameters()), steps)
+    optimizer.load_state_dict(kept["optimizer"])
+    if schedule is not None:
+        schedule.load_state_dict(kept["schedule"])
+    return Trainer(net, optimizer, schedule)

@@ -13,6 +13,8 @@ import click
 import rewire
 from rewire.cli.ablate import ablate
 from rewire.cli.inspect import inspect
+from rewire.cli.report import report
+from rewire.cli.train import train
 from rewire.errors import InputError
 
 
@@ -54,3 +56,5 @@ def _rewire(context: click.Context) -> None:
 
 _rewire.add_command(ablate)
 _rewire.add_command(inspect)
+_rewire.add_command(report)
+_rewire.add_command(train)

@@ -13,7 +13,7 @@ from torch import nn
 
 import rewire
 from rewire.ablation.inputs import positive
-from rewire.cli.words import words
+from rewire.cli.words import pairs, words
 from rewire.diagnose.arithmetic import Arithmetic, arithmetic
 from rewire.errors import ConversionError, InputError
 from rewire.preview import call
@@ -74,14 +74,7 @@ def inspect(
 
 
 def _by_pattern(layers: Sequence[str]) -> dict[str | type[nn.Module], str | rewire.Rule] | None:
-    chosen: dict[str | type[nn.Module], str | rewire.Rule] = {}
-    for item in words(layers):
-        pattern, equals, rule = item.rpartition("=")
-        if not equals or not pattern or not rule:
-            raise InputError(f"--layers takes PATTERN=RULE, such as 'layer1.*=fa', not {item!r}")
-        chosen.pop(pattern, None)
-        chosen[pattern] = rule
-    return chosen or None
+    return {pattern: rule for pattern, rule in pairs("--layers", "layer1.*=fa", layers).items()} or None
 
 
 def _too_large(example: Example) -> tuple[Summary, str] | None:

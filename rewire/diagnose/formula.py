@@ -21,8 +21,9 @@ from rewire.diagnose.watch import Layer, Randomness, Seen
 from rewire.errors import RoutingError
 from rewire.feedback import quick_normal, standard_normal
 from rewire.routing import route_to
-from rewire.rules.base import DirectRule, LocalRule, Rule
+from rewire.rules.base import DirectRule, LearnedLocal, LocalRule, Rule
 from rewire.rules.direct import DFA, SDFA, Shallow
+from rewire.rules.learned_local import KP, LDFA, PFA, WM
 from rewire.rules.local import BRSF, FA, FRSF, USF
 from rewire.targets import current_targets
 from rewire.wiring import LayerState
@@ -65,6 +66,7 @@ def fed_back(
             layout=rule.layout,
             e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
             seen=state.order,
+            stacked=state.stacked,
             hint=state.layout,
         )
     except RoutingError:
@@ -95,6 +97,31 @@ def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tens
     return None
 
 
+def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) -> Tensor | None:
+    """What the layer's own input x adds under a rule that looks at it: e c C for each row of e and of x, c being x P.
+
+    Args:
+        sent: what is projected, and its dimension with the n features.
+
+    Returns:
+        A tensor of x's shape; None where the rows of e do not each belong to a run of rows of x.
+    """
+    C = state.memory(index).get("C")
+    if C is None:
+        return torch.zeros_like(x)
+    e, axis = sent
+    features = state.kind.axis(x.dim())
+    rows = e.movedim(axis, -1).reshape(-1, e.shape[axis]).to(C.dtype)
+    seen = x.detach().movedim(features, -1)
+    flat = seen.reshape(-1, seen.shape[-1]).to(C.dtype)
+    if len(flat) % len(rows) or (state.order and any(state.order)) or C.shape[0] != rows.shape[1]:
+        return None
+    c = flat @ state.glance(C.shape[1], flat.shape[1]).to(flat)
+    of = torch.arange(len(flat), device=x.device) // (len(flat) // len(rows))
+    made = torch.einsum("mn,mr,nrf->mf", rows[of], c, C)
+    return made.reshape(seen.shape).movedim(-1, features).to(x.dtype)
+
+
 # -- local rules ---------------------------------------------------------------------------------------
 
 # (W, R, s) -> B
@@ -106,11 +133,13 @@ _BACKWARD: dict[type[Rule], Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
-def backward_weight(state: LayerState, W: Tensor, draw: int) -> Tensor:
-    """B of a local rule for the weight of one call."""
+def backward_weight(state: LayerState, W: Tensor, draw: int, module: nn.Module) -> Tensor:
+    """B of a local rule for the weight of one call. ``module``: holds feedback that learns."""
     rule = state.rule
     if not isinstance(rule, LocalRule):
         return W
+    if isinstance(rule, LearnedLocal):
+        return _learned(state, rule, W, module).detach().to(W.dtype)
     s = state.local_scale(W)
     seed, name = state.wiring.seed, state.name
     if rule.redraw:
@@ -124,6 +153,49 @@ def backward_weight(state: LayerState, W: Tensor, draw: int) -> Tensor:
     if rule.magnitude:
         R = R.abs()
     return rule.backward_weight(W if rule.uses_weight else None, R if rule.random else None, s)
+
+
+def _learned(state: LayerState, rule: LearnedLocal, W: Tensor, module: nn.Module) -> Tensor:
+    def t(name: str) -> Tensor:
+        tensor: Tensor = getattr(module, state.tag + name)
+        return tensor.detach().to(W.dtype)
+
+    if type(rule) in (KP, WM):
+        return t("B")
+    if type(rule) is LDFA:
+        return _product(state, t("P").t(), t("Q").t(), W, module)
+    if type(rule) is PFA:
+        return _product(state, t("A"), t("R"), W, module)
+    assert state.learner is not None
+    return rule.feedback(state.learner.kept(module), state.learner.form)
+
+
+def _product(state: LayerState, left: Tensor, right: Tensor, W: Tensor, module: nn.Module) -> Tensor:
+    """B_o,ik = sum over r of left_or right_r,ik, in the weight's own order of dimensions."""
+    if not (isinstance(module, nn.modules.conv._ConvTransposeNd) or state.kind.transposed):
+        return torch.einsum("or,rj->oj", left, right).reshape(W.shape)
+    groups = int(getattr(module, "groups", 1))
+    left = left.reshape(groups, -1, left.shape[1])
+    right = right.reshape(right.shape[0], W.shape[0] // groups, -1)
+    return torch.einsum("gor,rik->giok", left, right).reshape(W.shape)
+
+
+def follows(layer: Layer, gradient: Tensor) -> dict[str, Tensor]:
+    """Gradients that a layer's trained feedback gets with ``gradient`` at its weight, by parameter of its module."""
+    state, module = layer.state, layer.module
+    if state.learner is None or not state.learner.rule.trained:
+        return {}
+    rule, form = state.learner.rule, state.learner.form
+    kept = state.learner.kept(module)
+    if type(rule) is KP:
+        found = {"B": gradient}
+    elif type(rule) is LDFA:
+        found = {"Q": torch.einsum("ro,oj->jr", kept["P"].to(gradient.dtype), form.matrix(gradient))}
+    elif type(rule) is PFA:
+        found = {"R": torch.einsum("or,oj->rj", kept["A"].to(gradient.dtype), form.matrix(gradient))}
+    else:
+        found = rule.follow(gradient, kept, form)
+    return {state.tag + name: t for name, t in found.items()}
 
 
 class Local:
@@ -164,7 +236,7 @@ class Local:
         assert call.again is not None
         W = ours.state.kind.look(layer.module)
         if ours.plain:
-            B = backward_weight(ours.state, W, ours.draw)
+            B = backward_weight(ours.state, W, ours.draw, layer.module)
             self.weights[call.name] = W, B
         elif isinstance(ours.state.rule, LocalRule):  # of a weight that the other module alone knows how to make
             B = self._used(call.name)[ours.state.name]
@@ -177,10 +249,11 @@ class Local:
     def _forward(self, ours: Seen, call: Seen, layer: Layer) -> None:
         module = layer.module
         parent: Any = getattr(type(module), "_rewired_from", type(module))
-        others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
+        own = layer.state.kind.own(module)
+        others = [p for p in module.parameters() if p is not own]
         buffers = [(b, b.detach().clone()) for b in module.buffers()]
         random = Randomness()
-        split = _Split(ours, ours.state.kind.look(module).shape, others)
+        split = _Split(ours, layer.module, ours.state.kind.look(module).shape, others)
         (args, kwargs), xs = _fresh(call.args, ours)
         watched, call.state.ran = call.state.ran, True
         call.state.busy.add(get_ident())  # a use by the layer itself is no use by another module
@@ -202,9 +275,9 @@ class Local:
 class _Split(TorchFunctionMode):
     """Splits the operation with the layer's weight (or what its forward makes of it) in two."""
 
-    def __init__(self, theirs: Seen, shape: torch.Size, others: list[nn.Parameter]) -> None:
+    def __init__(self, theirs: Seen, module: nn.Module, shape: torch.Size, others: list[nn.Parameter]) -> None:
         super().__init__()
-        self.theirs, self.shape, self.others = theirs, shape, others
+        self.theirs, self.module, self.shape, self.others = theirs, module, shape, others
         self.found: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(
@@ -214,7 +287,7 @@ class _Split(TorchFunctionMode):
         weight = _argument(args, kwargs, *_WEIGHT_AT[func]) if func in _WEIGHT_AT else None
         if weight is None or weight.shape != self.shape or any(weight is other for other in self.others):
             return func(*args, **kwargs)
-        B = backward_weight(self.theirs.state, weight.detach(), self.theirs.draw)
+        B = backward_weight(self.theirs.state, weight.detach(), self.theirs.draw, self.module)
         self.found = weight.detach(), B
         x = _argument(args, kwargs, *_INPUT_AT[func])
         cut_args, cut_kwargs = _replaced(args, kwargs, _INPUT_AT[func], x.detach())

@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from rewire.arguments import check_model
 from rewire.convert import feedback, restore
-from rewire.diagnose.formula import Local, fed_back, signal
+from rewire.diagnose.formula import Local, context, fed_back, follows, signal
 from rewire.diagnose.graph import Flow
 from rewire.diagnose.samples import Samples, weighted
 from rewire.diagnose.watch import (
@@ -38,13 +39,15 @@ from rewire.diagnose.watch import (
     Randomness,
     Seen,
     copy_of,
+    gradients_of,
     layers_of,
+    settle,
     take_gradients,
 )
 from rewire.errors import ConversionError, RoutingError
 from rewire.layers.registry import kind_of
-from rewire.preview import call as call_model
-from rewire.rules.base import BP, DirectRule, LocalRule
+from rewire.learned import names as learned_names
+from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
 from rewire.wiring import LayerState
 
 LIVE = "live"
@@ -52,6 +55,7 @@ DEAD = "dead"
 NOT_RUN = "not run"
 ON_BACKPROP = "on backprop"
 FIRST = "first layer"
+FROZEN = "frozen"
 UNROUTED = "unrouted"
 WRONG = "wrong"
 
@@ -64,7 +68,8 @@ class LayerReport:
         name: qualified name.
         type: class, before conversion.
         rule: name of its rule.
-        status: ``live``; ``first layer`` (nothing to hand back to); ``on backprop``; ``not run`` (its forward
+        status: ``live``; ``first layer`` (nothing to hand back to); ``frozen`` (as is all below it: no gradient is
+            needed there); ``on backprop``; ``not run`` (its forward
             did not run and its parameters got no gradient); ``dead`` (its parameters were used, its forward did
             not run: the rule has no effect); ``unrouted`` (the output error has no way to it); ``wrong``.
         formula: cosine between what was handed back and the rule's formula; None where there is none.
@@ -128,6 +133,7 @@ class Verification:
 _COLOURS = {
     LIVE: "green",
     FIRST: "green",
+    FROZEN: "green",
     ON_BACKPROP: "yellow",
     NOT_RUN: "yellow",
     DEAD: "red",
@@ -160,6 +166,7 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
     Example:
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
+    check_model(model, "verify")
     if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     random = Randomness()
@@ -175,7 +182,9 @@ class _Verify:
 
     def __init__(self, model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], random: Randomness) -> None:
         self.model, self.inputs, self.loss_fn, self.random = model, inputs, loss_fn, random
-        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        # Feedback that is a Parameter is not a part of plain backprop: its gradient has a check of its own.
+        ours = {id(m._parameters.get(name)) for m in model.modules() for name in learned_names(m)}
+        self.trained = {name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours}
         self.wrong: dict[str, str] = {}  # what is wrong, by layer
         self.inexact: set[str] = set()  # layers whose parameters did not get their gradient
         self.problems: list[str] = []
@@ -200,23 +209,13 @@ class _Verify:
     # -- passes --------------------------------------------------------------------------------------
 
     def _as_converted(self) -> tuple[Pass, Gradients]:
-        model = copy_of(self.model)
+        model = self._copy()
         take_gradients(model)
         self.layers = layers_of(model)
         self.states = states = {name: layer.state for name, layer in self.layers.items()}
         self.cut = {n for n, s in states.items() if s.wiring.skip == "cut" and isinstance(s.rule, DirectRule)}
         buffers = Buffers(model)
-        for _ in range(4):  # roles, then scales; the same random numbers, so that the same layers run each time
-            known = {name for name, state in states.items() if state.settled}
-            if all(s.ran and s.settled for s in states.values()):
-                break  # and no layer can come that has not run yet
-            self._plainly(model, buffers)
-            for state in states.values():
-                state.wiring.settle_if_alone()
-            if known and known == {name for name, state in states.items() if state.settled}:
-                break
-        for state in states.values():  # one rule and one feedback for all that follows
-            state.wiring.frozen = True
+        settle(states.values(), lambda: self._plainly(model, buffers))
         draws = {state: state.draws for state in states.values()}
         self._again(buffers)
         ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)
@@ -225,7 +224,28 @@ class _Verify:
             state.draws = draw
         off = self._differ(gradients, self._plainly(model, buffers))
         self._blame(off, "its parameters get other gradients when nobody watches")
+        self._check_followed(gradients)
         return ours, gradients
+
+    def _copy(self) -> nn.Module:
+        """A copy whose local feedback stays as it is."""
+        model = copy_of(self.model)
+        for layer in layers_of(model).values():
+            layer.state.wiring.still = True
+        return model
+
+    def _check_followed(self, gradients: Gradients) -> None:
+        """Feedback that is a Parameter got the gradient that follows from its weight's."""
+        for name, layer in self.layers.items():
+            kind = layer.state.kind
+            prefix = name.removesuffix(kind.part)
+            prefix = prefix if kind.part or not name else f"{name}."
+            gradient = gradients.get(f"{prefix}{kind.parameter}")
+            if gradient is None:
+                continue
+            wanted = follows(layer, gradient)
+            if not _same([gradients.get(prefix + full) for full in wanted], list(wanted.values())):
+                self.wrong.setdefault(name, "its feedback did not get the gradient that follows from its weight's")
 
     def _used(self, name: str) -> dict[str, Tensor]:
         """``feedback(model)`` of one layer. Of the newest alone: all of it, dense, may be more than the model."""
@@ -242,11 +262,10 @@ class _Verify:
     def _plainly(self, model: nn.Module, buffers: Buffers | None = None) -> Gradients:
         """A pass without anybody watching."""
         self._again(buffers)
-        torch.autograd.backward([self.loss_fn(call_model(model, self.inputs))])
-        return take_gradients(model)
+        return gradients_of(model, self.inputs, self.loss_fn)
 
     def _against_backprop(self, gradients: Gradients) -> None:
-        model = copy_of(self.model)
+        model = self._copy()
         take_gradients(model)
         layers = layers_of(model)
         for name, (module, state) in ((name, (layer.module, layer.state)) for name, layer in layers.items()):
@@ -264,7 +283,7 @@ class _Verify:
         plain = theirs.backward()
         self.reached = {call: other.delta is not None for call, other in self.calls.items()}
         self.plain = {place: _filled(other) for place, other in self.twins.items()}
-        weights = {name: _weights(layer) for name, layer in layers.items() if layer.state.kind.local}
+        weights = {name: weights_of(layer) for name, layer in layers.items() if layer.state.kind.local}
         self.flow = Flow(theirs, weights, self._starts)
         self.samples = Samples(theirs, self.flow, {output: list(output.deltas) for output in self.flow.outputs})
         # Their own, because the layers of another conversion may lie between an output layer and the loss; that they
@@ -279,7 +298,7 @@ class _Verify:
             others = theirs.calls[name]
             if len(calls) != len(others):
                 self.wrong.setdefault(name, "runs another number of times under 'bp'")
-            elif not all(_same(a.deltas, b.deltas) for a, b in zip(calls, others, strict=True)):
+            elif not all(_same(a.deltas, b.deltas) for a, b in zip(calls, others, strict=True) if a.takes_part):
                 self.wrong.setdefault(name, "the gradient at its output is not what plain autograd brings there")
         del model, layers, theirs.model
 
@@ -357,7 +376,7 @@ class _Verify:
         return LayerReport(name, cls.__name__, repr(layer.state.rule), status, note=why, **more)
 
     def _reports(self) -> Iterator[LayerReport]:
-        inside = tuple(f"{name}." for name, state in self.states.items() if not state.kind.local)
+        inside = tuple(f"{name}." for name, state in self.states.items() if state.kind.whole)
         by_module: dict[str, list[str]] = {}
         for name, layer in self.layers.items():
             by_module.setdefault(name.removesuffix(layer.state.kind.part).removesuffix("."), []).append(name)
@@ -385,6 +404,9 @@ class _Verify:
         if not calls and used:
             unknown = "its weight is used by another module in a way that is not known; its forward never ran"
             return say((DEAD if state.active else ON_BACKPROP, unknown))
+        if calls and state.idle and not any(call.takes_part for call in calls):
+            # The reference gives frozen weights gradients, to see what uses them.
+            return say((WRONG, wrong) if wrong else (FROZEN, "neither it nor anything below it trains"))
         if any(call.delta is None and self.reached.get(call) for call in calls):
             return say((UNROUTED, "backprop brings its output a gradient, and under the rules none came"))
         if not ran and not used:
@@ -400,6 +422,10 @@ class _Verify:
         if not pairs:
             return say((FIRST, "nothing to hand back to"))
         if not state.settled:
+            somewhere = any(e is not None and bool(e.any()) for errors in self.errors.values() for e in errors)
+            nothing = not self._error_arrives(pairs) and not any(bool(_filled(place).any()) for _, place in pairs)
+            if somewhere and nothing:
+                return say((NOT_RUN, "the output error is zero here, and its scale was not measured yet"))
             return say((WRONG, "its scale could not be measured: so far it hands back what backprop does"))
         return say(self._verdict(state, name, pairs), self._cosines(ran))
 
@@ -418,8 +444,8 @@ class _Verify:
         plain = [self.plain.get(place) for _, place in pairs]
         wanted = [self._expected(call, place) for call, place in pairs] if ran and ran[0].state.active else []
         return {
-            "formula": _cosine(handed, wanted) if wanted else None,
-            "backprop": _cosine(handed, plain) if plain else None,
+            "formula": cosine(handed, wanted) if wanted else None,
+            "backprop": cosine(handed, plain) if plain else None,
         }
 
     def _verdict(self, state: LayerState, name: str, pairs: list[tuple[Seen, Place]]) -> tuple[str, str]:
@@ -510,7 +536,22 @@ class _Verify:
                 if fed is None:
                     return None
                 total = total + (fed if pick is None else pick(fed)).to(total.dtype)
+        if isinstance(rule, LearnedDirect) and rule.context:
+            return self._with_context(total, call, place, number, dim)
         return total
+
+    def _with_context(self, fed: Tensor, call: Seen, place: Place, number: int, dim: int | None) -> Tensor | None:
+        """``fed`` and what the layer's own input adds to it, where a rule looks at that."""
+        sent = []
+        for output in self.flow.downstream(self.calls[call]):
+            for e in self.errors.get(output, []):
+                if e is None or output.pick is not None:
+                    return None
+                axis = output.state.kind.axis(e.dim())
+                signalled = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
+                sent.append((signalled if dim is None else weighted(signalled, axis, dim), axis))
+        added = context(call.state, number, place.x, sent[0]) if len(sent) == 1 else None
+        return None if added is None else fed + added.to(fed.dtype)
 
     def _astray(self, call: Seen, place: Place, fed: Tensor | None) -> bool:
         """Whether a row got the feedback of another sample's error."""
@@ -535,11 +576,12 @@ _NOT_THE_RULE = "not what the rule says"
 # -- parts -------------------------------------------------------------------------------------------
 
 
-def _weights(layer: Layer) -> list[Tensor]:
+def weights_of(layer: Layer) -> list[Tensor]:
     """What the layer's operation multiplies by: its weight, or what that is made of."""
     if layer.state.kind.part:
         return [getattr(layer.module, layer.state.kind.parameter)]
-    return [p for p in layer.module.parameters() if p.dim() > 1]
+    ours = learned_names(layer.module)
+    return [p for name, p in layer.module.named_parameters() if p.dim() > 1 and name not in ours]
 
 
 def _filled(place: Place) -> Tensor:
@@ -589,7 +631,7 @@ def _coarsest(state: LayerState) -> torch.dtype | None:
     return kept if kept is not None and kept.is_floating_point else None
 
 
-def _cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:
+def cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:
     """Between two lists of tensors taken as one vector each; None if either is zero or not known."""
     pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     if len(pairs) < len(a):

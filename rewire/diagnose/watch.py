@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from rewire.arguments import check_loss
 from rewire.passes import backward_id
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
@@ -106,6 +107,7 @@ class Place:
         node: its graph node.
         shared: the same for places whose gradient is one tensor's (``skip="cut"``); else the place itself.
         handed: what came back in the newest backward.
+        whole: the gradient of the tensor that was given, of which ``handed`` is this layer's part; if asked for.
         put: what to pass on in place of that; None to leave it.
     """
 
@@ -115,11 +117,21 @@ class Place:
     node: Node | None
     shared: object
     handed: Tensor | None = None
+    whole: Tensor | None = None
     put: Tensor | None = None
 
     def __call__(self, gradient: Tensor | None) -> Tensor | None:
         self.handed = None if gradient is None else gradient.detach().clone()  # a node may hand back nothing
         return self.put
+
+    @property
+    def at_input(self) -> Tensor | None:
+        """The whole gradient of the tensor that was given, if it was asked for."""
+        return self.whole if self.shared is self else self.handed
+
+    def note(self, gradient: Tensor | None) -> None:
+        """Hook of the tensor that was given."""
+        self.whole = None if gradient is None else gradient.detach().clone()
 
 
 @dataclass(eq=False)
@@ -159,6 +171,11 @@ class Seen:
         return next((delta for delta in self.deltas if delta is not None), None)
 
     @property
+    def takes_part(self) -> bool:
+        """Whether anything about it needed a gradient. The reference gives frozen weights one, to see their uses."""
+        return bool(self.places or self.outputs)
+
+    @property
     def sources(self) -> list[Node]:
         """Graph nodes of its inputs."""
         return [place.node for place in self.places if place.node is not None]
@@ -171,6 +188,7 @@ class Pass:
         layers: the layers to watch, by name.
         cut: those whose inputs are walls (``skip="cut"``): watched without a clone, which would be behind the wall.
         beside: called as ``beside(call, layer)`` before the layer runs.
+        whole: keep the whole gradient of every input too, not only what the layer hands back.
 
     Attributes:
         calls: by layer name, in the order of the forward.
@@ -186,6 +204,7 @@ class Pass:
         loss_fn: Callable[[Any], Tensor],
         cut: Container[str] = (),
         beside: Callable[[Seen, Layer], None] | None = None,
+        whole: bool = False,
     ) -> None:
         self.model = model
         self.calls: dict[str, list[Seen]] = {name: [] for name in layers}
@@ -194,22 +213,35 @@ class Pass:
         self.at: dict[Node, Seen] = {}
         self._cut = cut
         self._beside = beside
+        self._whole = whole
         with self._watched(layers.values()):
             self.loss = loss_fn(call_model(model, inputs))
+        check_loss(self.loss)
 
     def __iter__(self) -> Iterator[Seen]:
         return (call for calls in self.calls.values() for call in calls)
 
     def backward(
-        self, roots: Iterable[Tensor] | None = None, gradients: Iterable[Tensor] | None = None, *, last: bool = False
+        self,
+        roots: Iterable[Tensor] | None = None,
+        gradients: Iterable[Tensor] | None = None,
+        *,
+        last: bool = False,
+        leaves: Sequence[Tensor] | None = None,
     ) -> Gradients:
-        """Run backwards, from the loss or from ``roots``; the parameters' gradients by name."""
+        """Run backwards, from the loss or from ``roots``; the parameters' gradients by name.
+
+        Args:
+            last: the graph is not needed again.
+            leaves: what may get a ``.grad``; None: every leaf of the graph.
+        """
         for call in self:
             call.deltas = [None] * len(call.outputs)
             for place in call.places:
-                place.handed = None
+                place.handed = place.whole = None
         run: Callable[..., None] = torch.autograd.backward
-        run([self.loss] if roots is None else list(roots), gradients and list(gradients), retain_graph=not last)
+        start = [self.loss] if roots is None else list(roots)
+        run(start, gradients and list(gradients), retain_graph=not last, inputs=leaves)
         if last:
             self.at = {}
             self.loss = self.loss.detach()
@@ -285,6 +317,8 @@ class Pass:
                 place.shared = (id(x.grad_fn), x.output_nr)
                 call.outputs.append(x)
             else:
+                if self._whole:
+                    _hook(x, place.note)
                 # The layer alone uses the clone, so its gradient is what the layer hands back.
                 x = leaves[i] = x.clone()
                 place.x = kept[i] = x.detach()
@@ -332,6 +366,44 @@ def _put(call: Seen, index: int) -> Callable[[Tensor | None], None]:
 def _hook(t: Tensor, hook: Callable[[Tensor | None], Tensor | None]) -> None:
     register: Callable[..., Any] = t.register_hook
     register(hook)
+
+
+def gradients_of(
+    model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor], leaves: Sequence[Tensor] | None = None
+) -> Gradients:
+    """The gradients of all parameters by name, from a pass that nobody watches."""
+    run: Callable[..., None] = torch.autograd.backward
+    loss = loss_fn(call_model(model, inputs))
+    check_loss(loss)
+    run([loss], inputs=leaves)
+    return take_gradients(model)
+
+
+def settle(states: Collection[LayerState], run: Callable[[], Any]) -> None:
+    """Run as many passes as it takes until roles and scales are known: roles first, then scales.
+
+    Feedback that learns stays as it is, once there is any, and rests afterwards.
+
+    Args:
+        states: of the converted layers of a copy.
+        run: one pass, always with the same random numbers, so that the same layers run each time.
+    """
+    wirings = {state.wiring for state in states}
+    for wiring in wirings:
+        wiring.still = True
+        if any(state.learned for state in wiring.layers.values()):
+            wiring.rest()
+    for _ in range(4):
+        known = {state.name for state in states if state.settled}
+        if all(state.ran and state.settled for state in states):
+            break  # and no layer can come that has not run yet
+        run()
+        for state in states:
+            state.wiring.settle_if_alone()
+        if known and known == {state.name for state in states if state.settled}:
+            break
+    for wiring in wirings:
+        wiring.rest()
 
 
 def take_gradients(model: nn.Module) -> Gradients:

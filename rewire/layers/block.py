@@ -14,6 +14,7 @@ class Block(Kind):
 
     title = "block"
     local = False
+    whole = True
 
     def __init__(self, module: nn.Module) -> None:
         ranks = {len(m.kernel_size) for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd)}

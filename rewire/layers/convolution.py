@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rewire import operations
 from rewire.exchange import exchange, exchangeable
+from rewire.layers.form import Form
 from rewire.layers.kinds import BackwardWeight, Kind
 
 
@@ -27,6 +28,11 @@ class Convolution(_Spatial):
 
     title = "convolution"
 
+    def operate(self, module: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        y: Tensor = module._conv_forward(x, weight, module.bias)
+        return y
+
     def run(
         self,
         module: Any,
@@ -40,7 +46,7 @@ class Convolution(_Spatial):
             y: Tensor = forward(module, x)
             if not x.requires_grad or exchange(y, backward, transposed=False):
                 return y
-        weight = self.weight(module)
+        weight = backward.stand_in(self.weight(module))
         if module.padding_mode == "zeros":
             x, padding = same_padding(x, module.padding, module.kernel_size, module.dilation)
         else:  # the padding is an operation of its own, with its own exact gradient
@@ -67,6 +73,20 @@ class TransposedConvolution(_Spatial):
 
     title = "transposed convolution"
 
+    def form(self, module: Any) -> Form:
+        return Form(tuple(self.look(module).shape), turned=True, groups=module.groups)
+
+    def operate(self, module: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, output_size = _transposed_arguments(*args, **kwargs)
+        output_padding = module._output_padding(
+            x, output_size, module.stride, module.padding, module.kernel_size, self.rank, module.dilation
+        )
+        operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.rank - 1]
+        y: Tensor = operation(
+            x, weight, module.bias, module.stride, module.padding, output_padding, module.groups, module.dilation
+        )
+        return y
+
     def run(
         self,
         module: Any,
@@ -80,7 +100,7 @@ class TransposedConvolution(_Spatial):
             y: Tensor = forward(module, x, output_size)
             if not x.requires_grad or exchange(y, backward, transposed=False):
                 return y
-        weight = self.weight(module)
+        weight = backward.stand_in(self.weight(module))
         if module.padding_mode != "zeros":
             raise ValueError("Only `zeros` padding mode is supported for ConvTranspose")
         output_padding = module._output_padding(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from rewire.layers.form import Form
 
 
 class Kind:
@@ -19,6 +22,7 @@ class Kind:
         exchanges: whether its forward is one operation whose weight can be exchanged (:mod:`rewire.exchange`).
         transposed: whether W is (in, out).
         part: name of the layer within its module, where a module holds several.
+        whole: whether the layers inside the module are parts of it, with exact backprop among themselves.
     """
 
     title = "layer"
@@ -27,6 +31,7 @@ class Kind:
     exchanges = False
     transposed = False
     part = ""
+    whole = False
 
     def axis(self, dims: int) -> int:
         """Dimension of an input or output with ``dims`` dimensions that holds the features.
@@ -35,10 +40,18 @@ class Kind:
         """
         raise NotImplementedError
 
+    def delta_axis(self, y: Any) -> int | None:
+        """Dimension of the operation's result y that holds the features; None if that is not known."""
+        return self.axis(y.dim()) if isinstance(y, Tensor) else None
+
     def weight(self, module: nn.Module) -> Tensor:
         """W as the layer uses it: a plain Parameter or what a parametrization makes of it."""
         weight: Tensor = getattr(module, self.parameter)
         return weight
+
+    def own(self, module: nn.Module) -> nn.Parameter | None:
+        """The parameter that W is, or None where W is made of others."""
+        return module._parameters.get(self.parameter)
 
     def look(self, module: nn.Module) -> Tensor:
         """W for looking at only: detached, and made without what parametrizations do in training.
@@ -58,6 +71,10 @@ class Kind:
             for m in training:
                 m.training = True
 
+    def form(self, module: nn.Module) -> Form:
+        """How the weight is read as a matrix."""
+        return Form(tuple(self.look(module).shape))
+
     def run(
         self,
         module: nn.Module,
@@ -67,6 +84,10 @@ class Kind:
         backward: BackwardWeight,
     ) -> Any:
         """The layer's forward, with the input gradient made by ``backward``."""
+        raise NotImplementedError
+
+    def operate(self, module: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward with ``weight`` in place of its own: the same operation, the same bits."""
         raise NotImplementedError
 
 
@@ -86,6 +107,18 @@ class BackwardWeight:
     def random(self, weight: Tensor) -> Tensor | None:
         """R for the weight the forward uses, if it is fixed."""
         raise NotImplementedError
+
+    def later(self, weight: Tensor) -> Callable[[], Tensor] | None:
+        """What makes B when the backward asks for it, if it is neither fixed nor made of W and R.
+
+        Args:
+            weight: W as an operation keeps it, for its dtype and device.
+        """
+        return None
+
+    def stand_in(self, weight: Tensor) -> Tensor:
+        """What the operation is given in place of W: another tensor of the same values, or W."""
+        return weight
 
     def note(self, weight: Tensor) -> None:
         """Told what a forward of a layer's own made of its weight."""

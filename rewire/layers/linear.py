@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewire import operations
 from rewire.exchange import exchange, exchangeable
+from rewire.layers.form import Form
 from rewire.layers.kinds import BackwardWeight, Kind
 
 
@@ -20,6 +23,11 @@ class Linear(Kind):
     def axis(self, dims: int) -> int:
         return -1
 
+    def operate(self, module: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        return F.linear(x, weight, bias)
+
     def run(
         self,
         module: nn.Module,
@@ -33,7 +41,7 @@ class Linear(Kind):
             y: Tensor = forward(module, *args, **kwargs)
             if not x.requires_grad or exchange(y, backward, transposed=self.transposed):
                 return y
-        weight = self.weight(module)
+        weight = backward.stand_in(self.weight(module))
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         return operations.linear(x, weight, bias, backward.random(weight), backward.combine, backward.keep)
 
@@ -43,6 +51,15 @@ class TransposedLinear(Linear):
 
     transposed = True
 
+    def form(self, module: nn.Module) -> Form:
+        return Form(tuple(self.look(module).shape), turned=True)
+
+    def operate(self, module: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        bias: Any = module.bias
+        rows: Tensor = torch.addmm(bias, x.view(-1, x.size(-1)), weight)  # as transformers' Conv1D does
+        return rows.view(*x.shape[:-1], weight.shape[1])
+
     def run(
         self,
         module: nn.Module,
@@ -56,7 +73,7 @@ class TransposedLinear(Linear):
             y: Tensor = forward(module, *args, **kwargs)
             if not x.requires_grad or exchange(y, backward, transposed=self.transposed):
                 return y
-        weight = self.weight(module)
+        weight = backward.stand_in(self.weight(module))
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         random = backward.random(weight)
 

@@ -43,7 +43,8 @@ class OwnForward(Kind):
         backward: BackwardWeight,
     ) -> Any:
         shape = self.look(module).shape
-        others = [p for p in module.parameters() if p is not module._parameters.get("weight")]
+        own = self.own(module)
+        others = [p for p in module.parameters() if p is not own]
         if not exchangeable():
             with _Replace(shape, others, backward) as replaced:
                 y = forward(module, *args, **kwargs)
@@ -54,7 +55,7 @@ class OwnForward(Kind):
             outputs = [t for t in tree_flatten(y)[0] if isinstance(t, Tensor) and t.requires_grad]
             if not inputs:
                 return y
-            count = exchange_within(outputs, inputs, shape, others, backward)
+            count = exchange_within(outputs, inputs, shape, others, backward, self.base.transposed)
         if not count:
             raise PassError(
                 f"the forward of {type(module).__name__} never used a weight of shape "

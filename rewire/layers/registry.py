@@ -8,6 +8,7 @@ from rewire.layers.convolution import convolution_kinds
 from rewire.layers.kinds import Kind
 from rewire.layers.linear import Linear, TransposedLinear
 from rewire.layers.own_forward import OwnForward
+from rewire.layers.stand_in import StandIn, wrapped_by
 
 _kinds: dict[type[nn.Module], Kind] = {nn.Linear: Linear(), **convolution_kinds()}
 # Classes of libraries that need not be installed, by qualified name.
@@ -26,6 +27,19 @@ def kind_of(module: nn.Module) -> Kind | None:
             own = _overrides(module, cls, "forward") or _overrides(module, cls, "_conv_forward")
             return OwnForward(kind) if own else kind
     return None
+
+
+def stand_in(module: nn.Module) -> tuple[StandIn, nn.Module] | None:
+    """For a wrapper that stands for a layer inside it: its kind, and that layer."""
+    if isinstance(module, nn.MultiheadAttention) or kind_of(module) is not None:
+        return None
+    found = wrapped_by(module, kind_of)
+    if found is None:
+        return None
+    path, inner = found
+    base = kind_of(inner)
+    assert base is not None
+    return StandIn(base.base if isinstance(base, OwnForward) else base, path), inner
 
 
 def _overrides(module: nn.Module, cls: type, name: str) -> bool:

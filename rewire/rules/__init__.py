@@ -1,6 +1,31 @@
 """What a layer hands back to its input: one small class per rule, beside its equation and source."""
 
-from rewire.rules import direct, dkp, fitted, grape, local, schedule  # noqa: F401  (importing registers the built-in rules)
-from rewire.rules.base import BP, DirectRule, LocalRule, Rule, Schedule, register_rule, resolve, rules
+from rewire.rules import direct, local  # noqa: F401  (importing registers the built-in rules)
 
-__all__ = ["BP", "DirectRule", "LocalRule", "Rule", "Schedule", "register_rule", "resolve", "rules"]
+# isort: split
+from rewire.rules import dkp, fitted, grape, learned_local, schedule  # noqa: F401
+from rewire.rules.base import (
+    BP,
+    DirectRule,
+    LearnedDirect,
+    LearnedLocal,
+    LocalRule,
+    Rule,
+    Schedule,
+    register_rule,
+    resolve,
+    rules,
+)
+
+__all__ = [
+    "BP",
+    "DirectRule",
+    "LearnedDirect",
+    "LearnedLocal",
+    "LocalRule",
+    "Rule",
+    "Schedule",
+    "register_rule",
+    "resolve",
+    "rules",
+]

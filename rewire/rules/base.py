@@ -9,14 +9,15 @@ A layer computes ``y = W x + b``. Its weight and bias gradients are always exact
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
 from rewire import structures
 from rewire.errors import ConversionError, nearest
+from rewire.layers.form import Form
 from rewire.routing import LAYOUTS
 from rewire.rules import plugins
 from rewire.rules.written import build, parse, written
@@ -83,6 +84,94 @@ class LocalRule(Rule):
             B, of W's shape, dtype and device.
         """
         raise NotImplementedError
+
+
+class Draw(Protocol):
+    """Random numbers for feedback, the same for the same seed, layer, ``what`` and shape."""
+
+    def normal(self, what: str, shape: tuple[int, ...]) -> Tensor:
+        """N(0, 1)."""
+
+    def orthogonal(self, what: str, shape: tuple[int, int]) -> Tensor:
+        """Orthonormal rows, or columns if there are more rows than columns."""
+
+
+class LearnedLocal(LocalRule):
+    """A local rule whose feedback is kept in the layer, beside the weight, and learns.
+
+    It keeps tensors by name. Those in ``trained`` are Parameters: in every backward they get a gradient made of the
+    weight's own, and the user's optimizer changes them. The others are buffers, which change between passes: by
+    :meth:`gather` and :meth:`learn`, or by :meth:`mirror`.
+
+    Attributes:
+        trained: names of the tensors that are Parameters.
+        watches: wants to see delta, the gradient at the layer's output, in every pass.
+        every: :meth:`mirror` runs before every that many passes; 0: only when asked for, None: never.
+    """
+
+    learns: ClassVar[bool] = True
+    random: ClassVar[bool] = False
+    uses_weight: ClassVar[bool] = False
+    trained: tuple[str, ...] = ()
+    watches: bool = False
+    every: int | None = None
+
+    def start(self, form: Form, scale: float, draw: Draw) -> dict[str, Tensor]:
+        """What is kept, as it is at the start.
+
+        Args:
+            form: of the weight.
+            scale: s, as for other local rules.
+        """
+        raise NotImplementedError
+
+    def feedback(self, kept: Mapping[str, Tensor], form: Form) -> Tensor:
+        """B, of the weight's shape."""
+        raise NotImplementedError
+
+    def follow(self, gradient: Tensor, kept: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
+        """Gradients of ``trained``.
+
+        Args:
+            gradient: the weight's own, of its shape.
+            kept: what is not in ``trained``.
+        """
+        raise NotImplementedError
+
+    def gap(self, weight: Tensor, kept: Mapping[str, Tensor], form: Form) -> Tensor | None:
+        """What weight decay alone takes away: it stays as it is if nothing decays. None: not known."""
+        return None
+
+    def gather(self, delta: Tensor, kept: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """What to add up, over passes and ranks, until it is taken in.
+
+        Args:
+            delta: (M, features), one row for each sample and position.
+            rows: which of the layer's outputs these are: all, unless another module uses a part of the weight.
+        """
+        raise NotImplementedError
+
+    def learn(self, kept: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New values of what changes.
+
+        Args:
+            sums: what :meth:`gather` gave, added up.
+        """
+        raise NotImplementedError
+
+    def mirror(
+        self, weight: Tensor, kept: Mapping[str, Tensor], form: Form, noise: Callable[[int], Tensor]
+    ) -> dict[str, Tensor]:
+        """New values of what changes, by what the layer makes of noise.
+
+        Args:
+            noise: a number of samples n -> N(0, 1) inputs, (n, form.columns).
+        """
+        raise NotImplementedError
+
+    def backward_weight(self, weight: Tensor | None, random: Tensor | None, scale: float) -> Tensor:
+        assert random is not None  # B, made by feedback()
+        return random
 
 
 class DirectRule(Rule):
@@ -152,7 +241,7 @@ class Rows:
         return 1 if self.wide is not None or rows is None else len(rows) // max(len(self.e), 1)
 
     def summed(self) -> Tensor:
-        """``exact`` (without it, ``seen``), a row for each row of e: an image's elements, or the sum over the run."""
+        """``exact`` (without it, ``seen``), one row for each row of e: an image's elements, or summed over the run."""
         if self.wide is not None:
             return self.wide
         rows = self.exact if self.exact is not None else self.seen
@@ -178,15 +267,20 @@ class LearnedDirect(DirectRule):
     samples: int | None = None
     context: int = 0
 
-    def exact(self, passes: int) -> bool:
-        """Whether pass number ``passes`` is handed back exactly, as under ``bp``. The first is 0."""
+    def exact(self, passes: int, sampled: int) -> bool:
+        """Whether the next pass is handed back exactly, as under ``bp``.
+
+        Args:
+            passes: its number; the first is 0.
+            sampled: samples that the exact passes right before it have shown; 0 if the last was not exact.
+        """
         return False
 
     def gather(self, rows: Rows) -> dict[str, Tensor]:
         """What to add up, over passes and ranks, until it is taken in."""
         raise NotImplementedError
 
-    def probe(self, passes: int) -> int | None:
+    def probe_number(self, passes: int) -> int | None:
         """Number of the probe to be taken before pass number ``passes``; None: none is."""
         return None
 
@@ -232,7 +326,7 @@ def register_rule(name: str) -> Callable[[type[R]], type[R]]:
         ...     def backward_weight(self, weight, random, scale):
         ...         return weight / 2
     """
-    if not name.isidentifier() or name != name.lower():
+    if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
         raise ConversionError(f"a rule's name is a lower-case identifier, not {name!r}")
     if name in _registry:
         raise ConversionError(f"a rule named {name!r} is registered already")
@@ -265,7 +359,8 @@ def _known(name: str) -> bool:
         try:
             if isinstance(shipped, type) and issubclass(shipped, Rule) and shipped.name in _registry:
                 raise ConversionError(f"its class is registered as {shipped.name!r}")
-            register_rule(name)(cast("type[Rule]", shipped))  # which refuses what is none
+            register: Callable[[object], object] = register_rule(name)  # type: ignore[assignment]
+            register(shipped)
         except ConversionError as problem:
             raise ConversionError(f"rule {name!r} is shipped by {plugins.where(name)}: {problem}") from None
     return True

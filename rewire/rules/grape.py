@@ -12,7 +12,7 @@ from rewire.structures import Structure
 
 @register_rule("grape")
 class Grape(LearnedDirect):
-    """``B e``. B is turned towards J, the Jacobian from the layer's input to the output, by ascent on their cosine.
+    """``B e``. B is turned towards J, the Jacobian from layer input to output, by gradient ascent on their cosine.
 
     A probe (:mod:`rewire.jvp`) gives a rank-1 estimate ``J' = u v^T`` from each sample, u = J v being what a random
     tangent v at the layer's input becomes at the output; J' is the mean over the probe's samples. Then, with B^ and J^
@@ -63,10 +63,10 @@ class Grape(LearnedDirect):
         self.together = together
         self.samples = samples
 
-    def exact(self, passes: int) -> bool:
+    def exact(self, passes: int, sampled: int) -> bool:
         return self.anchor > 0 and passes % self.anchor == 0
 
-    def probe(self, passes: int) -> int | None:
+    def probe_number(self, passes: int) -> int | None:
         return None if passes % self.every else passes // self.every
 
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
@@ -97,5 +97,5 @@ def _turned(B: Tensor, J: Tensor, lr: float) -> Tensor:
         return B  # no tangent has arrived, or a number has run over
     unit, towards = B / size, J / other
     unit = unit + lr * (towards - (towards * unit).sum() * unit)
-    made: Tensor = unit * (size / unit.norm())
-    return made
+    turned: Tensor = unit * (size / unit.norm())
+    return turned

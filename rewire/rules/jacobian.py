@@ -23,7 +23,7 @@ def residual(rows: Rows, B: Tensor) -> dict[str, Tensor]:
 def corrected(B: Tensor, sums: dict[str, Tensor]) -> Tensor:
     """B after a step, for :meth:`LearnedDirect.learn`.
 
-    The step, N / (N + features), is the largest that N Gaussian tangents allow without their noise growing: on average
-    ``B + (J - B) N / (N + features)``.
+    The step N / (N + features) is the largest that N Gaussian tangents allow without their noise growing: on average
+    B + (J - B) N / (N + features).
     """
     return B + sums["wrong"] / (sums["probed"] + B.shape[1])

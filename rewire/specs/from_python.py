@@ -27,6 +27,17 @@ def prepare(module: str, name: str, hint: Callable[[], str]) -> Callable[[int], 
     Args:
         hint: what else ``module`` could have meant, asked if there is no such module.
     """
+    factory = find(module, name, hint)
+    return lambda batch: _build(f"{module}:{name}", factory, batch)
+
+
+def find(module: str, name: str, hint: Callable[[], str] = lambda: "", gives: str = "a model") -> Callable[[], Any]:
+    """The function ``name`` of ``module``; calling it raises an :class:`InputError` if the function fails.
+
+    Args:
+        hint: what else ``module`` could have meant, asked if there is no such module.
+        gives: what it should return, for messages.
+    """
     with _current_directory():
         try:
             found = importlib.import_module(module)
@@ -43,16 +54,20 @@ def prepare(module: str, name: str, hint: Callable[[], str]) -> Callable[[int], 
             raise InputError(f"{module} has no {name!r}{nearest(part, options)}")
         factory = getattr(factory, part)
     if not callable(factory):
-        raise InputError(f"{module}:{name} is {type(factory).__name__}, not a function that returns a model")
-    return lambda batch: _build(f"{module}:{name}", factory, batch)
+        raise InputError(f"{module}:{name} is {type(factory).__name__}, not a function that returns {gives}")
+
+    def made() -> Any:
+        with _current_directory():
+            try:
+                return factory()
+            except Exception as error:
+                raise InputError(f"{module}:{name}() failed: {type(error).__name__}: {error}") from error
+
+    return made
 
 
 def _build(what: str, factory: Callable[[], Any], batch: int) -> Example:
-    with _current_directory():
-        try:
-            made = factory()
-        except Exception as error:
-            raise InputError(f"{what}() failed: {type(error).__name__}: {error}") from error
+    made = factory()
     parts = made if isinstance(made, tuple) else (made,)
     if not isinstance(parts[0], nn.Module) or len(parts) > 3:
         raise InputError(f"{what}() returned {type(made).__name__}, not a module, (module, inputs) or with a loss_fn")

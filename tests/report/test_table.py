@@ -1,0 +1,170 @@
+"""Rows, groups and the words for them, against numbers worked out here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from rewire.errors import InputError
+from rewire.report import words
+from rewire.report.runs import read
+from rewire.report.table import Report, Spread, build
+from tests.report.made_up import cell, diverged, failed, line, write
+
+
+def made(tmp_path: Path, *lines: dict[str, object], baseline: str | None = None, metric: str = "accuracy") -> Report:
+    return build(read([write(tmp_path / "a", lines)]), baseline=baseline, metric=metric)
+
+
+def scored(rule: str, *accuracies: float, **changes: object) -> list[dict[str, object]]:
+    return [line(rule, seed, **changes) | {"accuracy": each} for seed, each in enumerate(accuracies)]
+
+
+def test_mean_and_sample_deviation_in_percent(tmp_path: Path) -> None:
+    report = made(tmp_path, *scored("bp", 0.9, 0.92, 0.97))
+    result = report.groups[0].rows[0].result
+
+    mean = (90 + 92 + 97) / 3
+    deviation = math.sqrt(sum((each - mean) ** 2 for each in (90, 92, 97)) / 2)
+    assert result is not None
+    assert (result.mean, result.deviation, result.n) == pytest.approx((mean, deviation, 3))
+    assert result.text(2) == "93.00 ± 3.61"
+
+
+def test_error_is_what_accuracy_leaves_and_better_is_less(tmp_path: Path) -> None:
+    lines = scored("bp", 0.9, 0.92, 0.97) + scored("fa", 0.95, 0.98, 0.999)
+    report = made(tmp_path, *lines, metric="error")
+    bp, fa = report.groups[0].rows
+
+    assert bp.result is not None and bp.result.mean == pytest.approx(7)
+    assert fa.comparison is not None and fa.comparison.difference == pytest.approx(100 * (0.071 / 3) - 7)
+    assert words.verdict(report, fa.comparison) == "better"
+    assert words.in_short(report, report.groups[0])[0].startswith("Lowest mean error: fa")
+
+
+def test_groups_are_what_may_be_compared(tmp_path: Path) -> None:
+    lines = [line(rule, seed, model=m, lr=lr) for m in ("mlp", "cnn") for lr in (0.1, 0.2) for rule in ("bp", "fa")
+             for seed in (0, 1, 2)]  # fmt: skip
+    report = made(tmp_path, *lines)
+
+    assert [group.title for group in report.groups] == [
+        "mlp on digits, lr 0.1", "mlp on digits, lr 0.2", "cnn on digits, lr 0.1", "cnn on digits, lr 0.2"
+    ]  # fmt: skip
+    assert all([row.label for row in group.rows] == ["bp", "fa"] for group in report.groups)
+    assert all(len(row.outcomes) == 3 for group in report.groups for row in group.rows)
+    assert report.tests == 4
+    assert "lr" not in report.common and report.common["epochs"] == 15
+
+
+def test_options_of_a_rule_make_rows_each_against_the_baseline_of_its_kind(tmp_path: Path) -> None:
+    lines = [
+        *scored("bp", 0.9, 0.91, 0.93, feedback="dense"),
+        *scored("bp", 0.5, 0.51, 0.53, feedback="channel"),
+        *scored("dfa", 0.8, 0.85, 0.81, feedback="dense"),
+        *scored("dfa", 0.4, 0.45, 0.41, feedback="channel"),
+    ]
+    rows = {row.label: row for row in made(tmp_path, *lines).groups[0].rows}
+
+    assert list(rows) == [f"{rule} · feedback={kind}" for rule in ("bp", "dfa") for kind in ("dense", "channel")]
+    for kind, mean in (("dense", (82 - 91.3333)), ("channel", (42 - 51.3333))):
+        comparison = rows[f"dfa · feedback={kind}"].comparison
+        assert comparison is not None and comparison.difference == pytest.approx(mean, abs=1e-3)
+
+
+def test_one_baseline_serves_rules_with_options_it_lacks(tmp_path: Path) -> None:
+    plain = [
+        each | {"cell": cell("bp", seed, feedback=None)} for seed, each in enumerate(scored("bp", 0.9, 0.91, 0.93))
+    ]
+    report = made(tmp_path, *plain, *scored("dfa", 0.8, 0.85, 0.81), *scored("dfa", 0.7, 0.7, 0.71, feedback="channel"))
+
+    assert [row.label for row in report.groups[0].rows] == ["bp", "dfa · feedback=dense", "dfa · feedback=channel"]
+    assert report.tests == 2
+
+
+def test_the_baseline_comes_first_and_may_be_chosen(tmp_path: Path) -> None:
+    lines = scored("fa", 0.9, 0.91, 0.93) + scored("dfa(a=1)", 0.8, 0.81, 0.85)
+
+    report = made(tmp_path, *lines, baseline="dfa(a=1)")
+    assert [row.rule for row in report.groups[0].rows] == ["dfa(a=1)", "fa"]
+    assert report.labels == ("dfa(a=1)", "fa") and report.tests == 1
+    with pytest.raises(InputError, match=r"unknown baseline 'dfa\(a=2\)'; did you mean 'dfa\(a=1\)'"):
+        build(report.collected, baseline="dfa(a=2)")
+    with pytest.raises(InputError, match="did you mean 'accuracy'"):
+        build(report.collected, metric="acuracy")
+
+
+def test_no_baseline_is_said_and_nothing_compared(tmp_path: Path) -> None:
+    report = made(tmp_path, *scored("fa", 0.9, 0.91, 0.93), *scored("dfa", 0.8, 0.81, 0.85))
+
+    assert "No cell has the baseline bp: nothing is compared" in report.notes
+    assert report.groups[0].baseline is None and report.tests == 0
+
+
+def test_failed_seeds_are_counted_and_diverged_ones_end_the_test(tmp_path: Path) -> None:
+    report = made(
+        tmp_path,
+        *scored("bp", 0.9, 0.91, 0.93, 0.94),
+        *scored("fa", 0.8, 0.82, 0.83),
+        failed("fa", 3, "out of memory"),
+        *scored("dfa", 0.85, 0.86, 0.89),
+        diverged("dfa", 3),
+    )
+    bp, fa, dfa = report.groups[0].rows
+
+    assert words.seeds(fa) == "3 of 4" and words.ended(fa) == "1 failed"
+    assert fa.comparison is not None and fa.comparison.test == "paired t-test, 3 seeds"
+    assert dfa.result is not None and dfa.result.n == 4 and dfa.result.mean == pytest.approx((85 + 86 + 89 + 10) / 4)
+    assert dfa.comparison is not None and dfa.comparison.p is None
+    assert words.verdict(report, dfa.comparison) == "1 of 4 diverged"
+    assert bp.is_baseline and report.tests == 1
+    assert "Not every seed went to the end: fa (1 failed) and dfa (1 diverged)." in words.in_short(
+        report, report.groups[0]
+    )
+
+
+def test_two_seeds_are_too_few_and_said_so(tmp_path: Path) -> None:
+    report = made(tmp_path, *scored("bp", 0.9, 0.91), *scored("fa", 0.8, 0.81))
+    comparison = report.groups[0].rows[1].comparison
+
+    assert comparison is not None and words.verdict(report, comparison) == "too few seeds"
+    assert words.p_value(comparison.corrected) == "–" and words.difference(comparison) == "−10.00"
+    assert "Too few seeds to test against bp: fa." in words.in_short(report, report.groups[0])
+
+
+def test_flags_count_where_gamma_is_from(tmp_path: Path) -> None:
+    """Before training everything is at chance; what matters is the end."""
+    early, late = line("dfa", 0), line("fa", 0)
+    for each in (early, late):
+        for moment in each["alignment"]:
+            moment["flags"] = []
+    early["alignment"][0]["flags"] = ["not distinguishable from chance: fc1"]
+    late["alignment"][-1]["flags"] = ["not distinguishable from chance: fc1"]
+    rows = {row.rule: row for row in made(tmp_path, line("bp", 0), early, late).groups[0].rows}
+
+    assert not rows["dfa"].flagged and rows["fa"].flagged
+    gamma = rows["dfa"].gamma
+    assert gamma == Spread(early["alignment"][-1]["gamma"], None, 1)
+
+
+@pytest.mark.parametrize(
+    ("p", "shown"),
+    [(None, "–"), (0.0004, "< 0.001"), (0.0123, "0.012"), (0.049, "0.049"), (0.24, "0.24"), (1.0, "1.00")],
+)
+def test_p_values_are_never_nothing(p: float | None, shown: str) -> None:
+    assert words.p_value(p) == shown
+
+
+@pytest.mark.parametrize(
+    ("spread", "shown"),
+    [
+        (None, "–"),
+        (Spread(0.01234, 0.0011, 3), "0.0123 ± 0.0011"),
+        (Spread(2.3, None, 1), "2.300"),
+        (Spread(1e-5, 1e-6, 3), "1.00e-05 ± 1.0e-06"),
+        (Spread(3e12, None, 1), "3.00e+12"),
+    ],
+)
+def test_losses_of_any_size(spread: Spread | None, shown: str) -> None:
+    assert words.loss(spread) == shown
