@@ -91,7 +91,9 @@ def _costs(rule: str, passes: int) -> tuple[int, int]:
     if not isinstance(made, LearnedDirect):
         return 0, 1
     counted = range(passes)
-    return sum(made.probes and made.probe(i) is not None for i in counted), sum(made.exact(i) for i in counted)
+    return sum(made.probes and made.probe_number(i) is not None for i in counted), sum(
+        made.exact(i, 0) for i in counted
+    )
 
 
 def table(

@@ -47,6 +47,7 @@ class DerivativeState:
         self.derivative = derivative
 
 
+_forward_mode: Any = forward_ad  # not annotated in PyTorch
 _surrogate: Callable[..., Tensor] = _Surrogate.apply
 _classes: dict[type, type[nn.Module]] = {}
 
@@ -60,12 +61,13 @@ def surrogate_class(base: type[nn.Module]) -> type[nn.Module]:
         parent: Any = super(cls, self)
         y: Tensor
         state: DerivativeState
-        tangent = unpack_dual(a).tangent if forward_ad._current_level >= 0 else None
+        tangent = _forward_mode.unpack_dual(a).tangent if _forward_mode._current_level >= 0 else None
         if tangent is not None:  # forward mode (rewire.jvp) goes by the same derivative
             state = self.__dict__[STATE]
-            primal = unpack_dual(a).primal
+            primal = _forward_mode.unpack_dual(a).primal
             y = parent.forward(primal.clone() if getattr(self, "inplace", False) else primal)
-            return make_dual(y, tangent * state.derivative(primal))
+            y = _forward_mode.make_dual(y, tangent * state.derivative(primal))
+            return y
         if not (torch.is_grad_enabled() and a.requires_grad):
             y = parent.forward(a)
             return y

@@ -13,7 +13,7 @@ from rewire.arguments import check_model
 from rewire.layers.registry import kind_of, why_not
 from rewire.layers.stand_in import StandIn
 from rewire.preview import Shapes, preview
-from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
+from rewire.rules.base import DirectRule, LearnedDirect, LearnedLocal, LocalRule
 from rewire.structures import Dense, Structure
 from rewire.swap import states_of
 from rewire.wiring import LayerState, Role
@@ -206,6 +206,10 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
         notes.append("exact gradient")
     else:
         notes.append("kept on backprop")
+    if isinstance(rule, LearnedDirect):
+        notes.extend(_price(rule))
+    if rule is not state.given:
+        notes.append(f"by {state.given!r}")
     if isinstance(state.kind, StandIn):
         notes.append(f"one layer with what is beside its {state.kind.path!r}")
     if state.lost:
@@ -215,6 +219,14 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
     if not any(p.requires_grad for p in module.parameters()):
         notes.append("frozen")
     return Row(name, kind, repr(rule), state.role.value, shape, size, scale, "; ".join(notes), converted=True)
+
+
+def _price(rule: LearnedDirect) -> list[str]:
+    """What learning costs besides the rule's own passes, as its first 1000 show it."""
+    exact = sum(rule.exact(passes, 0) for passes in range(1000))
+    probes = sum(rule.probe_number(passes) is not None for passes in range(1000)) if rule.probes else 0
+    said = [f"exact in {exact / 10:g} % of passes"] if exact else []
+    return said + ([f"a forward-mode probe before {probes / 10:g} % of passes"] if probes else [])
 
 
 def _bytes(count: int) -> str:
