@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rewire
-from rewire.ablation import Cell, Result, grid, run_cell
+from rewire.ablation import Cell, Result, run_cell
 
 
 @rewire.register_rule("loudest")
@@ -37,8 +37,8 @@ def one_pass() -> nn.Module:
 
 def ablation(epochs: int = 3) -> list[Result]:
     """Train digits under it, beside dfa. ``rewire.cli.main(["ablate", "--rules", "dfa loudest"])`` prints the table."""
-    base = Cell(model="mlp", rule="dfa", seed=0, epochs=epochs)
-    return [run_cell(cell) for cell in grid(base, ["mlp"], ["dfa", "loudest", "loudest(keep=3)"], [0])]
+    rules = ("dfa", "loudest", "loudest(keep=3)")
+    return [run_cell(Cell(model="mlp", rule=rule, seed=0, epochs=epochs)) for rule in rules]
 
 
 def main() -> None:
