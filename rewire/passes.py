@@ -89,6 +89,7 @@ class OutputError:
             self._hidden = True
             return False
         self._arrived = now
+        self.state.called = False
         self._pending = self.ports
         self.error = gradient
         self._signals, self._whole = {}, {}
@@ -145,7 +146,8 @@ class Call:
         pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
-        mirrored: (x, rule), if the ticket is x Bᵀ. Let go in the backward that frees the graph.
+        mirrored: (x, rule, B), if the ticket is x Bᵀ, or if there is none and the join itself hands e B to x. Let go in
+            the backward that frees the graph.
     """
 
     __slots__ = (
@@ -180,7 +182,7 @@ class Call:
         self.pick: Pick | None = None
         self.inputs: list[Tensor] = []
         self.index = 0
-        self.mirrored: tuple[Tensor, DirectRule] | None = None
+        self.mirrored: tuple[Tensor, DirectRule, Tensor] | None = None
 
 
 def metadata(node: Node) -> dict[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 import uuid
 import warnings
 from collections.abc import Hashable, Iterable, Mapping
@@ -36,6 +37,7 @@ from rewire.structures import Feedback, Place, Structure, resolve
 from rewire.structures.base import Cache
 
 _SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
+_HELD = 2**19  # numbers that all layers' feedback may have where all of it is made at once: what a cache holds
 
 
 # Every conversion alive, by number. Compiled graphs can name a conversion, but not hold one.
@@ -77,6 +79,7 @@ class Wiring:
         probed: the pass before which the newest forward-mode probe was taken.
         probe_count: how many were taken, in this process.
         certain: the role of every layer is known.
+        local: there is one output layer, and nobody is handed its error.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         compiled: some of its calls have been part of a compiled graph, which reads what :meth:`prepare` makes.
         prepared: all layers are ready for such a graph, and nothing has changed since.
@@ -128,6 +131,7 @@ class Wiring:
         self.unnamed: list[str] = []
         self.apart = False
         self.certain = False
+        self.local = False
         self.bypassed: set[Tensor] = set()
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
@@ -325,6 +329,7 @@ class Wiring:
         """Take in what is different about layers: their rules, roles or scales."""
         for state in self.layers.values():
             state.refresh()
+        self.local = len(self.outputs) == 1 and not any(isinstance(s.rule, DirectRule) for s in self.layers.values())
         if self.compiled:  # graphs made before are used again, and must not find what was put there for another rule
             self.prepare()
 
@@ -477,8 +482,10 @@ class LayerState:
         observer: called before and after each such use, as forward hooks are around a forward.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
-        steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
+        steady: nothing special about its calls: a key of :data:`rewire.run.STEADY`, the short ways through a call.
+        called: as an output layer on the short way, since an error last arrived.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
+        hold: up to how many numbers the join hands back itself, with all other layers' (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
         plain: its feedback is there, and plain tensors, which is what such a graph can be given.
@@ -529,6 +536,8 @@ class LayerState:
         self.settled = False
         self.steady = ""
         self.mirror: Tensor | None = None
+        self.hold = 0
+        self.called = False
         self.written = ""
         self.joins_traced = False
         self.traceable = False
@@ -625,15 +634,16 @@ class LayerState:
         self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes, wiring.sampled)
         self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
-        hidden = self.settled and self.role is Role.HIDDEN
+        output = "output-" if self.role is Role.OUTPUT else ""
         self.steady = ""
         special = self.watched or self.picks or self.wiring.guard is not None or self.learner is not None
         if special or not self.kind.local or (learns and not self._as_fixed(rule)):
             pass  # something special about its calls; a block may be given anything
         elif direct:
-            self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
-        elif isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges:
-            self.steady = "local"
+            first = known and not self.fed and not learns  # never measured: there is nothing to hand back to
+            self.steady = f"{output}direct" if (self.settled or first) and self.wiring.skip == "keep" else ""
+        elif isinstance(self.rule, LocalRule) and known and self.kind.exchanges:
+            self.steady = f"{output}local"
         self._last = self.mirror = None
         self.written = repr(self.rule)
         self.traceable = self._traceable()
@@ -840,6 +850,8 @@ class LayerState:
             self.mirror = None
             if route.plain and len(self.wiring.outputs) == 1 and type(feedback) is Tensor:
                 self.mirror = feedback if feedback.shape[0] <= _SMALL else None
+                # An output layer's feedback is what the backward goes on with: it never waits.
+                self.hold = sys.maxsize if self.role is Role.OUTPUT else _HELD // len(self.wiring.layers)
         if given is not None:
             fed = route(signal, given)
         elif type(feedback) is Tensor:
