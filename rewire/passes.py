@@ -132,6 +132,39 @@ class OutputError:
         self.let_go()
 
 
+class PouredError(OutputError):
+    """e as a layer sees it whose rows were added up by index further up: at each row, that of the sample it went to.
+
+    Args:
+        entire: e itself.
+        rows: for each row of the layer's input, the row of e.
+    """
+
+    __slots__ = ("entire", "rows")
+
+    def __init__(self, entire: OutputError, rows: Pick) -> None:  # what is not set here is asked of ``entire``
+        self.entire = entire
+        self.rows = rows
+        self.state, self.axis, self.pick = entire.state, entire.axis, None
+
+    @property
+    def error(self) -> Tensor | None:  # type: ignore[override]
+        return self.entire.error
+
+    def here(self) -> bool:
+        return self.entire.here()
+
+    def signal(self, rule: DirectRule) -> Tensor:
+        self.shared = {}  # of another tensor each time
+        return self.rows(self.entire.whole(rule))
+
+    def whole(self, rule: DirectRule) -> Tensor:
+        return self.signal(rule)
+
+    def used(self) -> None:
+        self.entire.used()
+
+
 class Call:
     """One call of one layer: what the walk from an output layer needs to know about it.
 
@@ -199,6 +232,11 @@ def leave(node: Node, call: Call) -> None:
 def call_at(y: Tensor) -> Call | None:
     """The call whose output ``y`` is."""
     return None if y.grad_fn is None else metadata(y.grad_fn).get(CALL)
+
+
+def call_of(node: Node) -> Call | None:
+    """The call whose output ``node`` is of."""
+    return metadata(node).get(CALL)
 
 
 def call_sources(node: Node) -> Iterable[Node] | None:

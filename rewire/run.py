@@ -24,8 +24,22 @@ from rewire.errors import PassError
 from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learning import look
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
+from rewire.passes import (
+    CALL,
+    Call,
+    Node,
+    OutputError,
+    PouredError,
+    backward_id,
+    call_of,
+    call_sources,
+    leave,
+    metadata,
+    picked,
+    upstream,
+)
 from rewire.picks import Pick, Unclear, pick_of
+from rewire.pours import pours_below
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.stacked import given_direct, given_local
 from rewire.stacks import stacked_below
@@ -479,20 +493,31 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
     try:
         pick = pick_of(x, picked)
     except Unclear:
-        if not isinstance(state.rule, DirectRule):
-            return None
-        state.wiring.warn_once(
-            f"rows:{state.name}",
-            f"layer {state.label}: rows of its input are picked from the batch by an index that could not be followed, "
-            "so feedback may come from other samples' errors than their own. rewire.verify shows whether it does; a "
-            f"local rule, layers={{{state.name!r}: 'fa'}}, or the module around it as a block, blocks=[...], needs "
-            "no index",
-        )
+        if isinstance(state.rule, DirectRule):
+            state.wiring.unclear.add(state.name)
         return None
     if pick is not None and not state.picks:
         state.picks = True
         state.changed()
     return pick
+
+
+def _poured(call: Call, error: OutputError) -> dict[Call, OutputError]:
+    """The error for each call below whose rows were added up by index."""
+    wiring = call.state.wiring
+    found = pours_below(call.sources, call_of, lambda lower: () if lower.state.wiring is not wiring else lower.sources)
+    poured: dict[Call, OutputError] = {}
+    for lower, rows in found.items():
+        state = lower.state
+        if lower.pick is not None or state.wiring is not wiring or not isinstance(state.rule, DirectRule):
+            continue  # rows that were picked have the place they were picked from
+        poured[lower] = PouredError(error, rows)
+        wiring.pours = True
+        wiring.unclear.discard(state.name)  # whatever they were picked from: it is known where they go
+        if not state.picks:
+            state.picks = True
+            state.changed()
+    return poured
 
 
 def _new(state: LayerState) -> bool:
@@ -516,8 +541,8 @@ def _is_call(node: Node) -> bool:
 def _refuse_picks(state: LayerState) -> None:
     if state.picks:
         raise PassError(
-            f"layer {state.label}: rows of its input are picked from the batch by an index, which a streamed pass does "
-            "not follow: use loss.backward()"
+            f"layer {state.label}: rows of its input are picked from the batch by an index, or added up by one, which "
+            "a streamed pass does not follow: use loss.backward()"
         )
 
 
@@ -559,19 +584,21 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     if state.role is Role.UNKNOWN:
         wiring.bypassed.update(direct_uses(call.sources, call_sources))
     feeders = upstream(call.sources, wiring)
+    poured = _poured(call, error) if wiring.pours or not wiring.looked else {}
     tickets: list[Tensor] = []
     mirrored: list[Tensor] = []
     held: list[Tensor] = []
     fed: list[Call] = []
     to_hold: list[Call] = []
     for feeder in [call, *feeders]:
-        feeder.errors.append(error)
+        arrives = poured.get(feeder, error)
+        feeder.errors.append(arrives)
         for lower in feeder.own:
             lower.above.append(error)
         if feeder.mirrored is not None:
             x, rule, B = feeder.mirrored
             fits = y.dim() == 2 and y.dtype is B.dtype and len(x) == len(y) and len(B) == y.shape[1]
-            if state.role is Role.OUTPUT and fits and call.pick is None:
+            if state.role is Role.OUTPUT and fits and call.pick is None and arrives is error:
                 if feeder.tickets:
                     mirrored += feeder.tickets
                     fed.append(feeder)
@@ -579,7 +606,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
                     held.append(x)
                     to_hold.append(feeder)
             else:  # not the output that B is for, or not with an error for each row of x
-                tickets.append(port(x, (feeder.state, rule, [error], 0, None, None, None)))
+                tickets.append(port(x, (feeder.state, rule, [arrives], 0, None, None, None)))
                 error.ports += 1
             continue
         tickets.extend(feeder.tickets)

@@ -79,6 +79,8 @@ class Wiring:
         probed: the pass before which the newest forward-mode probe was taken.
         probe_count: how many were taken, in this process.
         certain: the role of every layer is known.
+        pours: rows of some layer were seen to be added up by index (:mod:`rewire.pours`).
+        unclear: names of layers whose rows were picked by an index that could not be followed.
         local: there is one output layer, and nobody is handed its error.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         compiled: some of its calls have been part of a compiled graph, which reads what :meth:`prepare` makes.
@@ -132,6 +134,8 @@ class Wiring:
         self.apart = False
         self.certain = False
         self.local = False
+        self.pours = False
+        self.unclear: set[str] = set()
         self.bypassed: set[Tensor] = set()
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
@@ -220,6 +224,18 @@ class Wiring:
         if weight is not None:
             self._weights[weight] = state
 
+    def _say_unclear(self) -> None:
+        """Layers whose rows may get the feedback of other samples' errors."""
+        for name in self.unclear:
+            self.warn_once(
+                f"rows:{name}",
+                f"layer {self.layers[name].label}: rows of its input are picked from the batch by an index that could "
+                "not be followed, so feedback may come from other samples' errors than their own. rewire.verify shows "
+                f"whether it does; a local rule, layers={{{name!r}: 'fa'}}, or the module around it as a block, "
+                "blocks=[...], needs no index",
+            )
+        self.unclear = set()
+
     def _say_bypassed(self) -> None:
         """Weights given to operations that nobody but the graph sees: kernels of somebody's own."""
         for weight in self.bypassed:
@@ -238,6 +254,8 @@ class Wiring:
             self._unasked(state)
             return is_output
         if is_output:
+            if self.unclear:
+                self._say_unclear()
             if self.counts:
                 self.passed = self.unsettled = True
             self.errors[state.name] = gradient.detach()
@@ -352,7 +370,7 @@ class Wiring:
             return "no ordinary training pass has come before the first compiled one"
         for state in self.layers.values():
             if state.ran and state.picks:
-                return f"rows of the input of layer {state.label} are picked from the batch by an index"
+                return f"rows of the input of layer {state.label} are picked from the batch, or added up, by an index"
         outputs = [state for state in self.layers.values() if state.ran and state.role is Role.OUTPUT]
         for state in dict.fromkeys([*direct, *outputs]):
             if not (state.traceable and state.plain):
@@ -475,7 +493,7 @@ class LayerState:
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
         stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
-        picks: its input was seen to be rows picked from the batch by index.
+        picks: its input was seen to be rows picked from the batch by index, or its rows to be added up by one.
         idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.

@@ -530,6 +530,8 @@ class _Verify:
                     pick = None  # the same rows: e's and the input's
                 elif output.pick is not None:
                     sent = output.pick.put(sent)
+                if (rows := self.flow.pour(other, output)) is not None:
+                    sent = rows(sent)
                 shape = place.x.shape
                 whole = shape if pick is None else pick.whole(shape)
                 fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
@@ -545,7 +547,7 @@ class _Verify:
         sent = []
         for output in self.flow.downstream(self.calls[call]):
             for e in self.errors.get(output, []):
-                if e is None or output.pick is not None:
+                if e is None or output.pick is not None or self.flow.pour(self.calls[call], output) is not None:
                     return None
                 axis = output.state.kind.axis(e.dim())
                 signalled = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
