@@ -38,7 +38,9 @@ from rewire.diagnose.watch import (
     Place,
     Randomness,
     Seen,
+    bare,
     copy_of,
+    eagerly,
     gradients_of,
     layers_of,
     settle,
@@ -167,11 +169,12 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
     check_model(model, "verify")
+    model = bare(model)
     if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     random = Randomness()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), eagerly():
             return _Verify(model, inputs, loss_fn, random).result()
     finally:
         random.put_back()
