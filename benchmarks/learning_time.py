@@ -78,7 +78,7 @@ def times(step: Step, number: int) -> Step:
 
 
 def measure(rules: list[str], optimizer: str, batch: int, seconds: float, least: int) -> dict[str, Any]:
-    """By rule: ``ratio`` (quartiles) to ``dfa``, ``step`` (seconds, the median of a cycle by its steps) and ``turns``."""
+    """By rule: ``ratio`` (quartiles) to ``dfa``, ``step`` (seconds, a median cycle's by its steps) and ``turns``."""
     found = {}
     for rule in rules:
         number = cycle(rule)
