@@ -1,4 +1,4 @@
-"""Every rule as it is written: in convert, on the command line and in a file; and what is said of options that are wrong."""
+"""Every rule as it is written, in convert, on the command line and in a file; what is said of wrong options."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def run(*args: str) -> int:
     return caught.value.code
 
 
-QUICK = "--model mlp --epochs 1 --workers 0 --alignments 1 --batch-size 128 --seeds 1 --no-controls".split()
+QUICK = ["--model", "mlp", "--epochs", "1", "--workers", "0", "--seeds", "1", "--no-controls"]
+QUICK += ["--alignments", "1", "--batch-size", "128"]
 
 
 def test_one_ablation_of_them_all(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
