@@ -35,7 +35,8 @@ def completed(
     def kept(one: dict[str, object]) -> Run | None:
         return next((each for each in reversed(before) if all(each.get(k) == one[k] for k in one)), None)
 
-    for one in track([one for one in wanted if kept(one) is None], title, console=Console(stderr=True)):
+    missing = [one for one in wanted if kept(one) is None]
+    for one in track(missing, title, console=Console(stderr=True), disable=not missing):
         before.append({**one, **run(one)})
         path.parent.mkdir(exist_ok=True)
         with path.open("a") as file:

@@ -31,7 +31,7 @@ import rewire
 from rewire.ablation import models
 from rewire.rules import resolve
 
-RULES = ("bp", "fitted", "fitted(context=8)", "dkp", "grape(every=10)")
+RULES = ("bp", "fitted", "fitted(context=8)", "dkp", "grape", "grape(every=10)")
 RESULTS = Path(__file__).parent / "results" / "learning_time.json"
 
 
