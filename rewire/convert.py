@@ -9,16 +9,21 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from rewire import following, hosts, jvp, learned, structures
+from rewire import buffers, following, hosts, jvp, learned, structures
 from rewire.arguments import check_model
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError, nearest
 from rewire.guard import MODES, Guard
+from rewire.layer_feedback import dense_feedback
 from rewire.layers.own_forward import OwnForward
+from rewire.roles import Role
 from rewire.rules import DirectRule, LearnedDirect, LearnedLocal, LocalRule, Rule, Schedule, resolve
+from rewire.rules.base import parts_of
+from rewire.scale import weight_scale
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
+from rewire.state import LayerState
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
-from rewire.wiring import LayerState, Role, Wiring, parts_of, weight_scale
+from rewire.wiring import Wiring
 
 M = TypeVar("M", bound=nn.Module)
 _LARGEST = sys.float_info.max
@@ -180,7 +185,7 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
             found[state.name] = rule.backward_weight(weight, random, scale).detach()
         elif isinstance(rule, DirectRule) and not rule.silent:
             several = len({output for output, _ in state.shapes}) > 1
-            for (output, index), tensor in state.direct_feedbacks(module).items():
+            for (output, index), tensor in dense_feedback(state, module).items():
                 name = state.name if index == 0 else f"{state.name}#{index}"
                 found[f"{name}@{output}" if several else name] = tensor
     return found
@@ -373,7 +378,7 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
     if choice.part or choice.within is not None:
         state.functional = True  # given to the attention's function
     if isinstance(choice.rule, Schedule):
-        state.keep_count()
+        buffers.keep_count(state)
     state.refresh()
     return state
 

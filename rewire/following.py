@@ -33,7 +33,8 @@ from rewire.rules.base import LearnedLocal, Rule
 from rewire.structures.dense import semi_orthogonal
 
 if TYPE_CHECKING:
-    from rewire.wiring import LayerState, Wiring
+    from rewire.state import LayerState
+    from rewire.wiring import Wiring
 
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 

@@ -26,11 +26,13 @@ from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learning import look
 from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
 from rewire.picks import Pick, Unclear, pick_of
+from rewire.roles import Role
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.stacked import given_direct, given_local
 from rewire.stacks import stacked_below
+from rewire.state import LayerState
 from rewire.targets import current_targets
-from rewire.wiring import LayerState, Role, Wiring
+from rewire.wiring import Wiring
 
 Forward = Callable[..., Any]
 # Looked up once: these run in every call of every layer.

@@ -27,10 +27,12 @@ from rewire.passes import Call, OutputError, backward_id
 from rewire.pieces import Edge, Plan, SeenCall, SeenWall, Step, plan
 from rewire.preview import call as call_model
 from rewire.replay import Before
+from rewire.roles import Role
 from rewire.rules.base import DirectRule
 from rewire.run import Forward, Stream, finish, streaming
+from rewire.state import LayerState
 from rewire.swap import states_of
-from rewire.wiring import LayerState, Role, Wiring
+from rewire.wiring import Wiring
 
 _TWICE = "the second forward of a streamed pass"
 

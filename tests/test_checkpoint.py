@@ -289,7 +289,7 @@ def test_feedback_changed_in_place_has_no_config(rule):
     rewire.config(model)
     key = "2" if rule != "frsf" else None
     if key is None:  # what frsf uses is made in each backward; R itself is kept inside
-        next(iter(model[2]._rewire._random.values())).mul_(2)
+        next(iter(model[2]._rewire.randoms.values())).mul_(2)
     else:
         rewire.feedback(model)[key].mul_(2)
     with pytest.raises(ConversionError, match=r"changed in place.*\n.*layer '2'"):

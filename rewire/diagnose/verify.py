@@ -48,7 +48,7 @@ from rewire.errors import ConversionError, RoutingError
 from rewire.layers.registry import kind_of
 from rewire.learned import names as learned_names
 from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
-from rewire.wiring import LayerState
+from rewire.state import LayerState
 
 LIVE = "live"
 DEAD = "dead"
