@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import rewire
 from rewire.passes import call_at
 
-from .plain import SCALE, chain_gradients, cross_entropy, error, mlp, randn, same, states, weights
+from ..plain import SCALE, chain_gradients, cross_entropy, error, mlp, randn, same, states, weights
 
 X = randn(6, 5, seed=1)
 LABELS = torch.arange(6) % 4

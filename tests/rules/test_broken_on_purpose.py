@@ -14,8 +14,8 @@ from rewire import exchange, passes, run
 from rewire.rules.direct import DFA
 from rewire.rules.local import USF
 
-from .reference.networks import RULES
-from .rule_checks import NETS, Problem, check_pass, check_rule
+from ..reference.networks import RULES
+from .checks import NETS, Problem, check_pass, check_rule
 
 
 def local(formula, **attributes):

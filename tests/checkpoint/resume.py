@@ -1,6 +1,6 @@
 """Training that is stopped, saved and resumed in another process.
 
-``python -m tests.resume FOLDER`` does the second half of every case in FOLDER, which a test has begun.
+``python -m tests.checkpoint.resume FOLDER`` does the second half of every case in FOLDER, which a test has begun.
 """
 
 from __future__ import annotations

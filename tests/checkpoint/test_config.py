@@ -15,7 +15,7 @@ from torch import nn
 import rewire
 from rewire.errors import ConversionError
 from rewire.stacked import feedback_of
-from tests import resume
+from tests.checkpoint import resume
 from tests.every_rule import EVERY
 
 
