@@ -19,7 +19,8 @@ from torch import nn
 
 from rewire import fingerprint
 from rewire.arguments import check_model, path_of
-from rewire.convert import _states, convert
+from rewire.ask import states_in
+from rewire.convert import convert
 from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError
 from rewire.feedback import streams
@@ -55,7 +56,7 @@ def config(model: nn.Module) -> Config:
             derivative could not be found by its name in another process (rules: :func:`rewire.register_rule`); if
             fixed feedback was changed in place, so that no seed gives it.
     """
-    states = [state for _, state in _states(model)]
+    states = [state for _, state in states_in(model)]
     wiring = only_one(model, states)
     _check_untouched(wiring)
     common: dict[Hashable, Any] = {}
@@ -73,7 +74,7 @@ def config(model: nn.Module) -> Config:
         "unsettled": wiring.unsettled,
         **{name: getattr(wiring, name) for name in COUNTED},
         "on_nonfinite": None if wiring.guard is None else wiring.guard.recorded(),
-        "layers": {state.name: _layer(module, state, common) for module, state in _states(model)},
+        "layers": {state.name: _layer(module, state, common) for module, state in states_in(model)},
     }
 
 
@@ -136,7 +137,7 @@ def load_config(model: M, source: str | os.PathLike[str] | Mapping[str, Any]) ->
         )
     if not converted:
         _convert(model, saved)
-    _bring_to(only_one(model, [state for _, state in _states(model)]), saved)
+    _bring_to(only_one(model, [state for _, state in states_in(model)]), saved)
     return model
 
 

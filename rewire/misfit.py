@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from rewire.convert import _states
+from rewire.ask import states_in
 from rewire.derivative import DerivativeState
 from rewire.errors import ConversionError, nearest
 from rewire.saved import Saved
@@ -40,7 +40,7 @@ def against_plain(model: nn.Module, saved: Saved) -> list[str]:
 
 def against_converted(model: nn.Module, saved: Saved) -> list[str]:
     """What is different about a converted model's conversion."""
-    states = _states(model)
+    states = states_in(model)
     wiring = only_one(model, [state for _, state in states])
     theirs = {
         state.name: (state.kind.title, tuple(state.kind.look(module).shape) if state.kind.local else None)
