@@ -5,12 +5,14 @@ Runs in the backward of every call, so these are methods of :class:`~rewire.stat
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rewire import learning
+from rewire.roles import Role
 from rewire.routing import Route
 from rewire.rules.base import DirectRule
 from rewire.structures import Feedback
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
 
 _SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
+_HELD = 2**19  # numbers that all layers' feedback may have where all of it is made at once: what a cache holds
 
 
 def hand_back(
@@ -112,6 +115,8 @@ def project(
         state.mirror = None
         if route.plain and len(state.wiring.outputs) == 1 and type(feedback) is Tensor:
             state.mirror = feedback if feedback.shape[0] <= _SMALL else None
+            # An output layer's feedback is what the backward goes on with: it never waits.
+            state.hold = sys.maxsize if state.role is Role.OUTPUT else _HELD // len(state.wiring.layers)
     if given is not None:
         fed = route(signal, given)
     elif type(feedback) is Tensor:

@@ -224,7 +224,9 @@ def gather(
         if e is None:
             return
         axis = state.kind.axis(len(shape))
-        whole = any(len(needed) > 2 for (_, i), needed in state.shapes.items() if i == index)
+        whole = has_values_for_elements(state, index)
+        if whole:
+            e = per_image(e, shape[0] if axis == 1 else 1)
         wanted = exact if seen is None or not rule.watches else seen
         rows = Rows(
             e=e,
@@ -234,6 +236,18 @@ def gather(
         )
         sums = rule.gather(rows)
         add(state, index, {**sums, "samples": e.new_full((), len(e))})
+
+
+def has_values_for_elements(state: LayerState, index: int) -> bool:
+    """Whether B has a value for every element of an image, and not only for every channel."""
+    return any(len(needed) > 2 for (_, i), needed in state.shapes.items() if i == index)
+
+
+def per_image(e: Tensor, images: int) -> Tensor:
+    """Rows of e (N, n) as one for each of as many ``images``, which it has one for several of, or several for each."""
+    if len(e) < images:
+        return e.repeat_interleave(images // len(e), 0)
+    return e if len(e) == images else e.reshape(images, -1, e.shape[1])[:, 0]
 
 
 def add(state: LayerState, index: int, sums: Sums) -> None:

@@ -35,7 +35,7 @@ def _unready(wiring: Wiring, direct: list[LayerState]) -> str:
         return "no ordinary training pass has come before the first compiled one"
     for state in wiring.layers.values():
         if state.ran and state.picks:
-            return f"rows of the input of layer {state.label} are picked from the batch by an index"
+            return f"rows of the input of layer {state.label} are picked from the batch, or added up, by an index"
     outputs = [state for state in wiring.layers.values() if state.ran and state.role is Role.OUTPUT]
     for state in dict.fromkeys([*direct, *outputs]):
         if not (state.traceable and state.plain):

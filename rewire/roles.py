@@ -39,6 +39,8 @@ def error_reached(wiring: Wiring, state: LayerState, error: OutputError, gradien
         _unasked(wiring, state)
         return is_output
     if is_output:
+        if wiring.unclear:
+            wiring.say_unclear()
         if wiring.counts:
             wiring.passed = wiring.unsettled = True
         wiring.errors[state.name] = gradient.detach()

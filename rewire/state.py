@@ -48,7 +48,7 @@ class LayerState:
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
         stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
-        picks: its input was seen to be rows picked from the batch by index.
+        picks: its input was seen to be rows picked from the batch by index, or its rows to be added up by one.
         idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
         busy: threads in which it is running now.
@@ -56,8 +56,10 @@ class LayerState:
         local: what makes B in calls under a local rule, kept from call to call.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
-        steady: hidden, with nothing special: the short way through a call, ``"direct"`` or ``"local"``.
+        steady: nothing special about its calls: a key of :data:`rewire.run.STEADY`, the short ways through a call.
+        called: as an output layer on the short way, since an error last arrived.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
+        hold: up to how many numbers the join hands back itself, with all other layers' (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
         plain: its feedback is there, and plain tensors, which is what such a graph can be given.
@@ -115,6 +117,8 @@ class LayerState:
         self.settled = False
         self.steady = ""
         self.mirror: Tensor | None = None
+        self.hold = 0
+        self.called = False
         self.written = ""
         self.joins_traced = False
         self.traceable = False
@@ -210,15 +214,16 @@ class LayerState:
         self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes, wiring.sampled)
         self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
-        hidden = self.settled and self.role is Role.HIDDEN
+        output = "output-" if self.role is Role.OUTPUT else ""
         self.steady = ""
         special = self.watched or self.picks or self.wiring.guard is not None or self.learner is not None
         if special or not self.kind.local or (isinstance(rule, LearnedDirect) and not self._as_fixed(rule)):
             pass  # something special about its calls; a block may be given anything
         elif direct:
-            self.steady = "direct" if hidden and self.wiring.skip == "keep" else ""
-        elif isinstance(self.rule, LocalRule) and self.role is Role.HIDDEN and self.kind.exchanges:
-            self.steady = "local"
+            first = known and not self.fed and not rule.learns  # never measured: there is nothing to hand back to
+            self.steady = f"{output}direct" if (self.settled or first) and self.wiring.skip == "keep" else ""
+        elif isinstance(self.rule, LocalRule) and known and self.kind.exchanges:
+            self.steady = f"{output}local"
         self.last = self.mirror = None
         self.written = repr(self.rule)
         self.traceable = traceable(self)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire import buffers, hosts, learned, traced
-from rewire.run import run, steady_direct, steady_local
+from rewire.run import STEADY, run
 from rewire.state import LayerState
 
 # Looked up once: these run in every call of every layer.
@@ -77,7 +77,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
         if steady and len(args) == 1 and not kwargs:
-            return (steady_direct if steady == "direct" else steady_local)(state, self, parent.forward, args[0])
+            return STEADY[steady](state, self, parent.forward, args[0])
         return run(state, self, parent.forward, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:

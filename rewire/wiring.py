@@ -55,6 +55,9 @@ class Wiring:
         probed: the pass before which the newest forward-mode probe was taken.
         probe_count: how many were taken.
         certain: the role of every layer is known.
+        pours: rows of some layer were seen to be added up by index (:mod:`rewire.pours`).
+        unclear: names of layers whose rows were picked by an index that could not be followed.
+        local: there is one output layer, and nobody is handed its error.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         compiled: some of its calls have been part of a compiled graph (:mod:`rewire.ready`).
         prepared: all layers are ready for such a graph, and nothing has changed since.
@@ -106,6 +109,9 @@ class Wiring:
         self.unnamed: list[str] = []
         self.apart = False
         self.certain = False
+        self.local = False
+        self.pours = False
+        self.unclear: set[str] = set()
         self.bypassed: set[Tensor] = set()
         self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
         self.readings: set[Reading] = set()
@@ -194,6 +200,18 @@ class Wiring:
         if weight is not None:
             self._weights[weight] = state
 
+    def say_unclear(self) -> None:
+        """Layers whose rows may get the feedback of other samples' errors."""
+        for name in self.unclear:
+            self.warn_once(
+                f"rows:{name}",
+                f"layer {self.layers[name].label}: rows of its input are picked from the batch by an index that could "
+                "not be followed, so feedback may come from other samples' errors than their own. rewire.verify shows "
+                f"whether it does; a local rule, layers={{{name!r}: 'fa'}}, or the module around it as a block, "
+                "blocks=[...], needs no index",
+            )
+        self.unclear = set()
+
     def _say_bypassed(self) -> None:
         """Weights given to operations that nobody but the graph sees: kernels of somebody's own."""
         for weight in self.bypassed:
@@ -255,5 +273,6 @@ class Wiring:
         """Take in what is different about layers: their rules, roles or scales."""
         for state in self.layers.values():
             state.refresh()
+        self.local = len(self.outputs) == 1 and not any(isinstance(s.rule, DirectRule) for s in self.layers.values())
         if self.compiled:  # graphs made before are used again, and must not find what was put there for another rule
             ready.prepare(self)

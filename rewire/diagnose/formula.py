@@ -116,10 +116,16 @@ def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) 
     rows = e.movedim(axis, -1).reshape(-1, e.shape[axis]).to(C.dtype)
     seen = x.detach().movedim(features, -1)
     flat = seen.reshape(-1, seen.shape[-1]).to(C.dtype)
-    if len(flat) % len(rows) or (state.order and any(state.order)) or C.shape[0] != rows.shape[1]:
+    if len(flat) % len(rows) or C.shape[0] != rows.shape[1]:
         return None
+    steps_first, errors_too = state.order or (False, False)
+    at = torch.arange(len(flat), device=x.device)
+    if errors_too != steps_first and e.dim() != 2:
+        return None
+    # x is (T, N, features) and e (N, n); or one error for each run of rows.
+    run = len(flat) // len(rows)
+    of = at % len(rows) if steps_first and e.dim() == 2 else at * state.stacked // run % len(rows)
     c = flat @ glance(state, C.shape[1], flat.shape[1]).to(flat)
-    of = torch.arange(len(flat), device=x.device) // (len(flat) // len(rows))
     made = torch.einsum("mn,mr,nrf->mf", rows[of], c, C)
     return made.reshape(seen.shape).movedim(-1, features).to(x.dtype)
 

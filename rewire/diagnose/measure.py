@@ -74,6 +74,8 @@ class Twin:
         self.model.zero_grad(set_to_none=True)
         self.layers = layers_of(self.model)
         self.states = {name: layer.state for name, layer in self.layers.items()}
+        for wiring in {state.wiring for state in self.states.values()}:
+            wiring.settle_if_alone()  # feedback is that of the next training step
         self._inputs, self._loss_fn, self._random = inputs, loss_fn, random
         self._buffers = Buffers(self.model)
         self._learned = [(p, p.detach().clone()) for name, p in self.model.named_parameters() if belongs_to_rule(name)]

@@ -39,7 +39,9 @@ from rewire.diagnose.watch import (
     Place,
     Randomness,
     Seen,
+    bare,
     copy_of,
+    eagerly,
     gradients_of,
     layers_of,
     settle,
@@ -168,11 +170,12 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
     check_model(model, "verify")
+    model = bare(model)
     if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     random = Randomness()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), eagerly():
             return _Verify(model, inputs, loss_fn, random).result()
     finally:
         random.put_back()
@@ -531,6 +534,8 @@ class _Verify:
                     pick = None  # the same rows: e's and the input's
                 elif output.pick is not None:
                     sent = output.pick.put(sent)
+                if (rows := self.flow.pour(other, output)) is not None:
+                    sent = rows(sent)
                 shape = place.x.shape
                 whole = shape if pick is None else pick.whole(shape)
                 fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
@@ -546,7 +551,7 @@ class _Verify:
         sent = []
         for output in self.flow.downstream(self.calls[call]):
             for e in self.errors.get(output, []):
-                if e is None or output.pick is not None:
+                if e is None or output.pick is not None or self.flow.pour(self.calls[call], output) is not None:
                     return None
                 axis = output.state.kind.axis(e.dim())
                 signalled = signal(call.state.rule, e, axis)  # type: ignore[arg-type]

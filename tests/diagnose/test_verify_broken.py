@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
-from rewire import ask, edges, hosts, layer_feedback, run, swap, wiring
+from rewire import ask, edges, handback, hosts, layer_feedback, run, swap, wiring
 from rewire.feedback import standard_normal
 from rewire.passes import OutputError
 from rewire.routing import Route
@@ -49,13 +49,12 @@ def every_call(monkeypatch, function):
     """Each call of each layer is ``function(plain, state, module, forward, args, kwargs)``."""
     plain = swap.run
     monkeypatch.setattr(swap, "run", lambda *call: function(plain, *call))
-    for short in ("steady_direct", "steady_local"):
-        name = getattr(swap, short)
+    for name, short in run.STEADY.items():
 
-        def steady(state, module, forward, x, name=name):
-            return function(lambda s, m, f, args, kwargs: name(s, m, f, args[0]), state, module, forward, (x,), {})
+        def steady(state, module, forward, x, short=short):
+            return function(lambda s, m, f, args, kwargs: short(s, m, f, args[0]), state, module, forward, (x,), {})
 
-        monkeypatch.setattr(swap, short, steady)
+        monkeypatch.setitem(run.STEADY, name, steady)
 
 
 # -- what is handed back -----------------------------------------------------------------------------------
@@ -91,7 +90,29 @@ def test_a_port_that_hands_back_something_else(monkeypatch, ports, model, how):
 
 
 @pytest.mark.parametrize("how", TAMPER)
+def test_a_join_that_hands_back_something_else(monkeypatch, how):
+    m = made(mlp, "dfa")
+    for _ in range(3):
+        loss_of(m(X)).backward()
+    plain, used = run.join, []
+
+    def broken(y, state, error, nested, mirrored, held, *tickets):
+        tickets = [*tickets]
+        for i, call in enumerate(held, len(tickets) - len(held)):
+            if call.state.name == "2":
+                used.append(call)
+                tickets[i] = tickets[i].clone()
+                tickets[i].register_hook(TAMPER[how])
+        return plain(y, state, error, nested, mirrored, held, *tickets)
+
+    monkeypatch.setattr(run, "join", broken)
+    check(m, "2")
+    assert used
+
+
+@pytest.mark.parametrize("how", TAMPER)
 def test_a_ticket_that_hands_back_something_else(monkeypatch, how):
+    monkeypatch.setattr(handback, "_HELD", 0)
     m = made(mlp, "dfa")
     for _ in range(3):
         loss_of(m(X)).backward()

@@ -304,22 +304,6 @@ def test_broken_on_purpose(monkeypatch):
         test_dkp_against_its_equation(False)
 
 
-# -- does it point along backprop's gradient? ----------------------------------------------------------
-
-
-def test_learned_feedback_points_better_than_dfas_on_every_layer():
-    """LeNet on digits, same seed: the same measure as benchmarks/feedback_alignment.py prints."""
-    from benchmarks.feedback_alignment import train
-    from rewire.ablation.data import load
-
-    options = {"epochs": 2, "limit": 768, "lr": 2e-3, "batch": 32, "look": 12}
-    found = {rule: train(rule, 0, load("digits"), **options)[0] for rule in ("dfa", "dkp", "grape")}
-    assert len(found["dfa"]) == 4
-    for rule in ("dkp", "grape"):
-        for layer, plain in found["dfa"].items():
-            assert found[rule][layer] > plain, f"{rule}, layer {layer}: {found[rule][layer]:.3f} against {plain:.3f}"
-
-
 def test_costs_are_shown():
     model = mlp()
     rewire.convert(model, "grape(every=4, anchor=50)", layers={"0": "switch(first=bp, then=dfa, at=3)"})
