@@ -30,7 +30,7 @@ from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
     from rewire.rules.base import DirectRule
-    from rewire.wiring import LayerState
+    from rewire.state import LayerState
 
 
 _graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph

@@ -30,8 +30,10 @@ from rewire.errors import PassError
 from rewire.feedback import quick_normal
 from rewire.passes import OutputError, backward_id
 from rewire.replay import Before
-from rewire.rules.base import LearnedDirect, Rows, Rule
-from rewire.wiring import LayerState, Role, Wiring, parts_of
+from rewire.roles import Role
+from rewire.rules.base import LearnedDirect, Rows, Rule, parts_of
+from rewire.state import LayerState
+from rewire.wiring import Wiring
 
 # Not annotated in PyTorch.
 _unpack: Callable[[Tensor], Any] = forward_mode.unpack_dual

@@ -20,7 +20,8 @@ from rewire.rules.base import DirectRule
 from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
-    from rewire.wiring import LayerState, Wiring
+    from rewire.state import LayerState
+    from rewire.wiring import Wiring
 
 Node = torch.autograd.graph.Node
 _ALWAYS = -3  # in place of the number of a backward pass

@@ -40,11 +40,13 @@ from rewire.passes import (
 )
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.pours import pours_below
+from rewire.roles import Role
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.stacked import given_direct, given_local
 from rewire.stacks import stacked_below
+from rewire.state import LayerState
 from rewire.targets import current_targets
-from rewire.wiring import LayerState, Role, Wiring
+from rewire.wiring import Wiring
 
 Forward = Callable[..., Any]
 # Looked up once: these run in every call of every layer.

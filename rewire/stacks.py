@@ -44,7 +44,10 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
     stacks = {}
     for node, parts in found.items():
         count = len(parts)
-        if count > 1 and parts == {(count, i) for i in range(count)}:
+        # Each row of x is made of one of every part.
+        made: Any = node
+        shape = tuple(made._input_metadata[0].shape)
+        if count > 1 and parts == {(count, i) for i in range(count)} and shape[:1] == (count * len(x),):
             stacks[node] = count
     return stacks
 

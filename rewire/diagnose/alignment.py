@@ -18,7 +18,8 @@ from rewire.diagnose.measure import Twin, Watched
 from rewire.diagnose.verify import close, cosine
 from rewire.diagnose.watch import Gradients, Randomness, Seen, bare, eagerly, layers_of
 from rewire.errors import ConversionError
-from rewire.wiring import Role, root_mean_square
+from rewire.roles import Role
+from rewire.scale import root_mean_square
 
 
 @dataclass(frozen=True)

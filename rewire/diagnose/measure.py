@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rewire.convert import feedback, use_rule
+from rewire.ask import feedback
+from rewire.convert import use_rule
 from rewire.derivative import DerivativeState
 from rewire.diagnose.verify import weights_of
 from rewire.diagnose.watch import (

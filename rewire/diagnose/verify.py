@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rewire.arguments import check_model
-from rewire.convert import feedback, restore
+from rewire.ask import feedback
+from rewire.convert import restore
 from rewire.diagnose.formula import Local, context, fed_back, follows, signal
 from rewire.diagnose.graph import Flow
 from rewire.diagnose.samples import Samples, weighted
@@ -46,11 +47,11 @@ from rewire.diagnose.watch import (
     settle,
     take_gradients,
 )
-from rewire.errors import ConversionError, RoutingError
+from rewire.errors import ConversionError, RoutingError, some
 from rewire.layers.registry import kind_of
 from rewire.learned import names as learned_names
 from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
-from rewire.wiring import LayerState
+from rewire.state import LayerState
 
 LIVE = "live"
 DEAD = "dead"
@@ -355,7 +356,7 @@ class _Verify:
         for name in blamed:
             self.wrong.setdefault(name, why)
         if rest:
-            named = ", ".join(sorted(rest)[:6]) + (", ..." if len(rest) > 6 else "")
+            named = some(sorted(rest), 6)
             self.problems.append(f"{named}: {why.replace('its parameters', 'these parameters')}")
         return blamed
 

@@ -26,8 +26,8 @@ from rewire.errors import ConversionError
 from rewire.passes import backward_id
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
+from rewire.state import LayerState
 from rewire.swap import states_of
-from rewire.wiring import LayerState
 
 Node = torch.autograd.graph.Node
 Gradients = dict[str, Tensor | None]

@@ -11,7 +11,7 @@ import rewire
 from rewire.feedback import quick_normal
 from rewire.rules.dkp import DKP
 from rewire.rules.grape import Grape
-from tests.rule_checks import parameters, used_feedback
+from tests.rules.checks import parameters, used_feedback
 
 TOL = 1e-8
 LR = 0.3

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import rewire
-from rewire import exchange, passes, run, wiring
+from rewire import exchange, handback, passes, run
 from rewire.rules.direct import DFA
 from rewire.rules.local import USF
 
-from .reference.networks import RULES
-from .rule_checks import NETS, Problem, check_pass, check_rule
+from ..reference.networks import RULES
+from .checks import NETS, Problem, check_pass, check_rule
 
 
 def local(formula, **attributes):
@@ -233,7 +233,7 @@ MECHANISM = {
 def test_breaking_the_mechanism_is_found(monkeypatch, how):
     rule, owner, name, wrong = MECHANISM[how]
     if "the ticket" in how:
-        monkeypatch.setattr(wiring, "_HELD", 0)
+        monkeypatch.setattr(handback, "_HELD", 0)
     check_rule(Problem("mlp"), rule)
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises((AssertionError, RuntimeError)):
@@ -243,7 +243,7 @@ def test_breaking_the_mechanism_is_found(monkeypatch, how):
 @pytest.mark.parametrize("rule", [rule for rule in ALIVE if rule in RULES])
 @pytest.mark.parametrize("held", [0, 2**19], ids=["tickets", "held"])
 def test_both_short_ways_are_right(monkeypatch, held, rule):
-    monkeypatch.setattr(wiring, "_HELD", held)
+    monkeypatch.setattr(handback, "_HELD", held)
     check_rule(Problem("mlp"), rule)
 
 

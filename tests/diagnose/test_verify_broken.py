@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
-from rewire import edges, hosts, run, swap, wiring
+from rewire import ask, edges, handback, hosts, layer_feedback, run, swap, wiring
 from rewire.feedback import standard_normal
 from rewire.passes import OutputError
 from rewire.routing import Route
 from rewire.rules.direct import DFA, SDFA
 from rewire.rules.local import FA, FRSF, USF
-from rewire.wiring import LayerState
+from rewire.state import LayerState
 
 from .test_verify import X, Y, loss_of, made, mlp, statuses
 
@@ -112,7 +112,7 @@ def test_a_join_that_hands_back_something_else(monkeypatch, how):
 
 @pytest.mark.parametrize("how", TAMPER)
 def test_a_ticket_that_hands_back_something_else(monkeypatch, how):
-    monkeypatch.setattr(wiring, "_HELD", 0)
+    monkeypatch.setattr(handback, "_HELD", 0)
     m = made(mlp, "dfa")
     for _ in range(3):
         loss_of(m(X)).backward()
@@ -215,7 +215,7 @@ def test_a_backward_weight_that_is_the_weight(monkeypatch, model, rule):
 
 def test_random_feedback_of_ones(monkeypatch, model):
     m = model("fa")
-    monkeypatch.setattr(wiring, "standard_normal", lambda shape, **k: torch.ones(shape))
+    monkeypatch.setattr(layer_feedback, "standard_normal", lambda shape, **k: torch.ones(shape))
     check(m, "4", "2")
 
 
@@ -246,7 +246,7 @@ def test_a_signal_that_is_not_the_rules(monkeypatch, cls, rule, signal):
 
 def test_a_probe_that_never_stops_measuring(monkeypatch, model):
     """Exact backprop for ever, because layers are never settled."""
-    monkeypatch.setattr(wiring.Wiring, "_settle_scales", lambda self: None)
+    monkeypatch.setattr(wiring, "settle_scales", lambda self: None)
     m = made(mlp, "dfa")
     for _ in range(3):
         loss_of(m(X)).backward()
@@ -255,10 +255,8 @@ def test_a_probe_that_never_stops_measuring(monkeypatch, model):
 
 def test_feedback_that_is_not_the_one_in_use(monkeypatch, model):
     m = model("dfa")
-    plain = LayerState.direct_feedbacks
-    monkeypatch.setattr(
-        LayerState, "direct_feedbacks", lambda self, module: {k: -v for k, v in plain(self, module).items()}
-    )
+    plain = ask.dense_feedback
+    monkeypatch.setattr(ask, "dense_feedback", lambda *of: {k: -v for k, v in plain(*of).items()})
     check(m, "4", "2")
 
 
