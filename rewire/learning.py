@@ -6,7 +6,8 @@ wants of them. The next forward takes them in, summed over ranks, and the rule c
 pass, which may be recomputed in its backward.
 
 Everything is said in rows. A row of e belongs to one row of x and G, or to a run of them: of tokens, or of pixels,
-which all get the same feedback.
+which all get the same feedback. Where a sample's rows are not next to one another (a sequence that comes first, batches
+behind one another), they are put so before a rule sees them, and what it learns does not depend on their order.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rewire.wiring import Wiring
 
 Sums = dict[str, Tensor]
+Behind = tuple[int, int] | None
 
 
 def look(state: LayerState, rule: DirectRule, x: Tensor) -> Tensor | None:
@@ -79,11 +81,13 @@ def errors_as_rows(
     shape: torch.Size,
     dtype: torch.dtype,
     pick: Pick | None,
+    behind: Behind = None,
 ) -> Tensor:
     """e as rows (N, n), in the order of the rows of x; each serves a run of M/N of those.
 
     Args:
         shape: of x.
+        behind: how the rows of x will be put in order before they meet those of e.
     """
     same = pick is not None and error.pick is not None and pick.same(error.pick)
     signal = error.signal(rule) if same else error.whole(rule)
@@ -91,7 +95,7 @@ def errors_as_rows(
     structure = state.structure(rule).routing
     route = plan(state, rule, error, whole, signal.shape, structure)
     signal = signal.to(dtype)
-    if route.runs and (pick is None or same):
+    if route.runs and route.behind == behind and (pick is None or same):
         return route.before(signal)
     # Whatever the way is, e of n features takes it as an x of n features would be given.
     axis = state.kind.axis(len(whole))
@@ -110,12 +114,13 @@ def together(
     shape: torch.Size,
     dtype: torch.dtype,
     pick: Pick | None,
+    behind: Behind = None,
 ) -> Tensor | None:
     """The errors of all output layers that arrived, as rows (N, n) side by side; None if there are none."""
     parts: dict[str, Tensor] = {}
     for error in errors:
         if error.error is not None and error.here():
-            parts[error.state.name] = errors_as_rows(state, rule, error, index, shape, dtype, pick)
+            parts[error.state.name] = errors_as_rows(state, rule, error, index, shape, dtype, pick, behind)
     if not parts:
         return None
     known = [output for output, i in state.shapes if i == index]
@@ -128,6 +133,29 @@ def together(
     first = next(iter(parts.values()))
     widths = {output: state.shapes[output, index][0] for output in known}
     return torch.cat([parts.get(o, first.new_zeros(most, widths[o])) for o in known], 1)
+
+
+def behind_one_another(
+    state: LayerState, rule: LearnedDirect, errors: list[OutputError], shape: torch.Size, pick: Pick | None
+) -> Behind:
+    """:attr:`~rewire.routing.Route.behind` of x, if all errors that arrived agree on it; with rows picked, None."""
+    if pick is not None:
+        return None
+    structure = state.structure(rule).routing
+    found = {
+        route.behind if route.runs else None
+        for error in errors
+        if error.error is not None and error.here()
+        for route in [plan(state, rule, error, shape, error.whole(rule).shape, structure)]
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def in_order(rows: Tensor, behind: Behind) -> Tensor:
+    """Rows of x (M, ...), or its images, with those of a sample next to one another."""
+    if behind is None:
+        return rows
+    return rows.reshape(*behind, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
 def context_part(e: Tensor, seen: Tensor, C: Tensor) -> Tensor:
@@ -220,19 +248,25 @@ def gather(
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     with torch.no_grad():
-        e = together(state, rule, errors, index, shape, wide, pick)
+        behind = behind_one_another(state, rule, errors, shape, pick)
+        e = together(state, rule, errors, index, shape, wide, pick, behind)
         if e is None:
             return
         axis = state.kind.axis(len(shape))
+        images = shape[0] if axis == 1 else 1
         whole = has_values_for_elements(state, index)
         if whole:
-            e = per_image(e, shape[0] if axis == 1 else 1)
+            e = per_image(e, images)
         wanted = exact if seen is None or not rule.watches else seen
+        if seen is not None:
+            seen = (flat(seen, axis) if rule.watches else seen).to(wide)
         rows = Rows(
             e=e,
-            exact=None if exact is None else flat(exact.detach().to(wide), axis),
-            seen=None if seen is None else (flat(seen, axis) if rule.watches else seen).to(wide),
-            wide=wanted.detach().to(wide).reshape(len(e), -1) if whole and wanted is not None else None,
+            exact=None if exact is None else in_order(flat(exact.detach().to(wide), axis), behind),
+            seen=None if seen is None else in_order(seen, behind),
+            wide=in_order(wanted.detach().to(wide).reshape(images, -1), behind)
+            if whole and wanted is not None
+            else None,
         )
         sums = rule.gather(rows)
         add(state, index, {**sums, "samples": e.new_full((), len(e))})
@@ -244,10 +278,8 @@ def has_values_for_elements(state: LayerState, index: int) -> bool:
 
 
 def per_image(e: Tensor, images: int) -> Tensor:
-    """Rows of e (N, n) as one for each of as many ``images``, which it has one for several of, or several for each."""
-    if len(e) < images:
-        return e.repeat_interleave(images // len(e), 0)
-    return e if len(e) == images else e.reshape(images, -1, e.shape[1])[:, 0]
+    """Rows of e (N, n), of which each place of an image may have one: at most one for each of so many ``images``."""
+    return e if len(e) <= images else e.reshape(images, -1, e.shape[1])[:, 0]
 
 
 def add(state: LayerState, index: int, sums: Sums) -> None:

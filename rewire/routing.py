@@ -61,7 +61,9 @@ class Route:
         ambiguous: the guess that was made, in words, where the shapes fit more than one reading.
         reading: what the shapes show clearly about the order of dimensions; None if nothing.
         plain: e and x are both (N, features), so that ``before`` and ``after`` do nothing.
-        runs: each row that ``before`` gives belongs to a run of rows of x, all runs of the same length.
+        runs: each row that ``before`` gives belongs to a run of rows of x, all runs of the same length, once rows of x
+            that are ``behind`` one another have been put in order.
+        behind: (k, N) where x's rows are k times N, each of the k having a part of all N samples; None: nothing to do.
     """
 
     feedback_shape: Shape
@@ -72,6 +74,7 @@ class Route:
     reading: Reading | None = None
     plain: bool = False
     runs: bool = True
+    behind: tuple[int, int] | None = None
 
     def __call__(self, signal: Tensor, feedback: Tensor) -> Tensor:
         """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape and B's dtype."""
@@ -173,7 +176,8 @@ def plan(
             route,
             before=(lambda t: inner.before(t.transpose(0, 1))) if swap_e else inner.before,
             after=(lambda t: inner.after(t).transpose(0, 1).contiguous()) if swap_x else inner.after,
-            runs=inner.runs and not swap_x,
+            runs=inner.runs and not (swap_x and inner.behind),
+            behind=(x.shape[0], x.shape[1]) if swap_x else inner.behind,
         )
     if route.ambiguous is not None and layout == "batch_first":
         route = replace(route, ambiguous=None)  # said to be so
@@ -211,7 +215,7 @@ def _batch_first(x: _Side, e: _Side, structure: str, stacked: int) -> Route:
             lambda t: _mean_over_grid(e.rows(t)),
             lambda t: _repeated(one.after(t), parts, stacked),
             "parts",
-            runs=stacked == 1,
+            behind=(stacked, x.size // stacked) if stacked > 1 and parts % stacked == 0 else None,
         )
     problem = f"{x.size} rows are neither the batch of {e.size} nor a multiple of it"
     if x.grid and not x.first:  # a table the model makes for itself
