@@ -162,10 +162,11 @@ def context_part(e: Tensor, seen: Tensor, C: Tensor) -> Tensor:
     """What the layer's own input adds: sum over i, j of e_i c_j C_ij, as rows (M, features).
 
     Args:
-        e: (N, n). seen: c, (M, r), M a multiple of N. C: (n, r, features).
+        e: (N, n), or wider: of output layers seen after C was learned. seen: c, (M, r), M a multiple of N.
+        C: (n, r, features).
     """
     n, r, features = C.shape
-    by_run = (e @ C.reshape(n, r * features)).reshape(len(e), r, features)
+    by_run = (e[:, :n] @ C.reshape(n, r * features)).reshape(len(e), r, features)
     return torch.bmm(seen.reshape(len(e), -1, r), by_run).reshape(-1, features)
 
 
@@ -283,10 +284,22 @@ def per_image(e: Tensor, images: int) -> Tensor:
 
 
 def add(state: LayerState, index: int, sums: Sums) -> None:
-    """Add to what is gathered for one input, until the next forward takes it in."""
+    """Add to what is gathered for one input, until the next forward takes it in.
+
+    What was gathered before a further output layer was seen is dropped: it is of another width.
+    """
+    outputs = width(state, index)
+    if state.gathered_of.get(index) != outputs:
+        state.gathered.pop(index, None)
+        state.gathered_of[index] = outputs
     so_far = state.gathered.setdefault(index, {})
     for name, value in sums.items():
         so_far[name] = so_far[name] + value if name in so_far else value
+
+
+def width(state: LayerState, index: int) -> int:
+    """How many outputs B has, those of all output layers seen so far."""
+    return sum(needed[0] for (_, i), needed in state.shapes.items() if i == index)
 
 
 def step(wiring: Wiring) -> bool:
@@ -339,13 +352,26 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
             "for the first steps under a gradient scaler)",
         )
         return
+    if state.gathered_of.get(index) != width(state, index):
+        return  # an output layer was seen for the first time since
     held = [held_B(state, output, index) for output, i in state.shapes if i == index]
     B = joined(state, index).to(next(iter(sums.values())).dtype)
     memory = memory_of(state, index)
+    for name in memory.keys() & sums.keys():  # to earlier passes the error of an output layer seen later was zero
+        memory[name] = padded(memory[name], sums[name].shape)
     made = rule.learn(B, memory, sums)
     for b, part in zip(held, torch.split(made, [len(b) for b in held]), strict=True):
         b.copy_(part.reshape(b.shape))
     remember(state, index, memory)
+
+
+def padded(t: Tensor, shape: torch.Size) -> Tensor:
+    """``t`` with zeros behind it in every dimension in which ``shape`` is larger."""
+    if t.shape == shape:
+        return t
+    larger = t.new_zeros(shape)
+    larger[tuple(map(slice, t.shape))] = t
+    return larger
 
 
 def _finite(value: Tensor) -> bool:

@@ -548,16 +548,19 @@ class _Verify:
 
     def _with_context(self, fed: Tensor, call: Seen, place: Place, number: int, dim: int | None) -> Tensor | None:
         """``fed`` and what the layer's own input adds to it, where a rule looks at that."""
-        sent = []
+        total = fed
         for output in self.flow.downstream(self.calls[call]):
             for e in self.errors.get(output, []):
                 if e is None or output.pick is not None or self.flow.pour(self.calls[call], output) is not None:
                     return None
                 axis = output.state.kind.axis(e.dim())
                 signalled = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
-                sent.append((signalled if dim is None else weighted(signalled, axis, dim), axis))
-        added = context(call.state, number, place.x, sent[0]) if len(sent) == 1 else None
-        return None if added is None else fed + added.to(fed.dtype)
+                sent = signalled if dim is None else weighted(signalled, axis, dim)
+                added = context(call.state, number, place.x, (sent, axis), output.state.name)
+                if added is None:
+                    return None
+                total = total + added.to(fed.dtype)
+        return total
 
     def _astray(self, call: Seen, place: Place, fed: Tensor | None) -> bool:
         """Whether a row got the feedback of another sample's error."""
