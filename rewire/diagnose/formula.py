@@ -116,7 +116,7 @@ def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int], 
     widths = {name: needed[0] for (name, i), needed in state.shapes.items() if i == index}
     if output not in widths or len(C) != sum(widths.values()):
         return None
-    C = C.split(list(widths.values()))[list(widths).index(output)]
+    C = torch.split(C, list(widths.values()))[list(widths).index(output)]
     features = state.kind.axis(x.dim())
     rows = e.movedim(axis, -1).reshape(-1, e.shape[axis]).to(C.dtype)
     seen = x.detach().movedim(features, -1)
