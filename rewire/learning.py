@@ -103,7 +103,13 @@ def errors_as_rows(
     narrow = torch.Size([n if i == axis % len(whole) else size for i, size in enumerate(whole)])
     along = plan(state, rule, error, narrow, signal.shape, "channel")
     led = along(signal, torch.eye(n, dtype=dtype, device=signal.device))
-    return flat(led if pick is None or same else pick(led), axis)
+    if pick is None or same:
+        return flat(led, axis)
+    picked = pick(led)
+    rows = flat(picked, axis)
+    if route.runs and len(route.before(signal)) <= math.prod(pick.lead):  # the same at all places of what was picked
+        return rows.reshape(len(picked), -1, n)[:, 0]
+    return rows
 
 
 def together(

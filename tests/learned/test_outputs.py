@@ -107,3 +107,43 @@ def test_feedback_of_elements_and_of_channels_does_not_mix(rule: str) -> None:
         of_both(model(x)).backward()
     result = rewire.verify(model, (x,), of_both)
     assert result.ok, result
+
+
+class Pairs(nn.Module):
+    """Both images of each pair through one trunk; a head for pairs, and one for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 3, 2), nn.Conv2d(3, 5, 2)
+        self.pair, self.each = nn.Linear(5, 3), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.b(torch.tanh(self.a(x.flatten(0, 1)))).tanh().mean((2, 3))
+        one, other = h.chunk(2)
+        return self.pair(one * other), self.each(h)
+
+
+@pytest.mark.parametrize("feedback", ["dense", "channel"])
+def test_errors_of_pairs_and_of_each_image(feedback: str) -> None:
+    model, x = seeded(Pairs), randn(2, 3, 2, 5, 4, seed=1)
+    plain = copy.deepcopy(model)
+    rewire.convert(model, "fitted(every=1, decay=0, ridge=0.1, cap=0)", feedback=feedback, scale=0.3)
+    for _ in range(3):
+        loss(model(x), 0, 1).backward()
+    kept: list[Tensor] = []
+    plain.b.register_forward_pre_hook(lambda module, args: (args[0].retain_grad(), kept.append(args[0]))[0])
+    outputs = plain(x)
+    for y in outputs:
+        y.retain_grad()
+    loss(outputs, 0, 1).backward()
+    pair, each = (y.grad.numpy() for y in outputs)
+    S, R = np.zeros((5, 5)), 0.0
+    for k, G in enumerate(kept[0].grad.numpy()):
+        e = np.concatenate([pair[k % 3], each[k]])
+        for g in [G.flatten()] if feedback == "dense" else G.reshape(3, -1).T:
+            S, R = S + np.outer(e, e), R + np.outer(e, g)
+    d = np.diag(S)
+    fit = np.linalg.solve(S + np.diag(0.1 * d + 1e-3 * d.mean()), R)
+    used = rewire.feedback(model)
+    ours = np.concatenate([used["b@pair"].flatten(1), used["b@each"].flatten(1)])
+    np.testing.assert_allclose(ours, fit, atol=1e-8, rtol=0)
