@@ -46,6 +46,7 @@ from rewire.stacked import given_direct, given_local
 from rewire.stacks import stacked_below
 from rewire.state import LayerState
 from rewire.targets import current_targets
+from rewire.turns import turned_from
 from rewire.wiring import Wiring
 
 Forward = Callable[..., Any]
@@ -492,6 +493,7 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
         _refuse_picks(state)
         return None
     _note_stacks(state, x)
+    _note_turn(state, x)
     try:
         pick = pick_of(x, picked)
     except Unclear:
@@ -534,6 +536,15 @@ def _note_stacks(state: LayerState, x: Tensor) -> None:
             if lower.state.stacked != count:
                 lower.state.stacked = count
                 lower.state.changed()
+
+
+def _note_turn(state: LayerState, x: Tensor) -> None:
+    """Should x have been transposed since the layer below, what that shows of the order of dimensions is reversed."""
+    if x.dim() < 3 or state.kind.axis(x.dim()) != -1:
+        return
+    turned, node = turned_from(x, _is_call)
+    below = None if node is None else metadata(node)[CALL].state
+    state.turned = (below.name if below is not None and below.wiring is state.wiring else "") if turned else None
 
 
 def _is_call(node: Node) -> bool:

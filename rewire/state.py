@@ -47,6 +47,8 @@ class LayerState:
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        turned: the layer below whose output was seen to be transposed to be its input (:mod:`rewire.turns`); "" if
+            that was no layer's, None if it was not transposed.
         stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
         picks: its input was seen to be rows picked from the batch by index, or its rows to be added up by one.
         idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
@@ -142,6 +144,7 @@ class LayerState:
         self.last: tuple[tuple[Any, ...], Route, Tensor | Feedback] | None = None
         self.reading: Reading | None = None
         self.layout: str | None = None
+        self.turned: str | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.structures: dict[tuple[str, int], Structure] = {}
         self.kept_as: dict[tuple[str, int], tuple[torch.dtype, torch.device]] = {}
@@ -289,9 +292,16 @@ class LayerState:
     @property
     def order(self) -> Reading | None:
         """The order of dimensions that this layer has shown, or else all others that showed one."""
-        if self.reading is not None or len(self.wiring.readings) != 1:
+        if self.reading is not None:
             return self.reading
-        return next(iter(self.wiring.readings))
+        shown = next(iter(self.wiring.readings)) if len(self.wiring.readings) == 1 else None
+        if self.turned is None:
+            return shown
+        below = self.wiring.layers.get(self.turned)
+        if below is None:  # embeddings or a loader, which have the batch in front
+            return (True, shown is not None and shown[1])
+        first, above = below.reading or shown or (False, False)
+        return (not first, above)
 
     def note_start(self, output: Any) -> None:
         """In the first call: how large its output is before any training, for :func:`rewire.alignment`."""
