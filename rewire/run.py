@@ -603,15 +603,17 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     held: list[Tensor] = []
     fed: list[Call] = []
     to_hold: list[Call] = []
-    for feeder in [call, *feeders]:
+    shape = y.shape
+    plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2  # not len(y): slow, and once a layer
+    for feeder in (call, *feeders):
         arrives = poured.get(feeder, error)
         feeder.errors.append(arrives)
         for lower in feeder.own:
             lower.above.append(error)
         if feeder.mirrored is not None:
             x, rule, B = feeder.mirrored
-            fits = y.dim() == 2 and y.dtype is B.dtype and len(x) == len(y) and len(B) == y.shape[1]
-            if state.role is Role.OUTPUT and fits and call.pick is None and arrives is error:
+            fits = plain and y.dtype is B.dtype and x.size(0) == shape[0] and B.size(0) == shape[1]
+            if fits and arrives is error:
                 if feeder.tickets:
                     mirrored += feeder.tickets
                     fed.append(feeder)
