@@ -165,7 +165,7 @@ class Probe(Function):
 class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
-    A ticket x Bᵀ, which :func:`rewire.run.steady_direct` makes where n is small, gets the rule's signal of e as its
+    A ticket x Bᵀ, which :func:`rewire.steady.steady_direct` makes where n is small, gets the rule's signal of e as its
     gradient, and PyTorch's own product hands e B on to x. Where e B itself is small, x takes the ticket's place and
     gets it here. Such inputs come last, in this order; ``mirrored`` and ``held`` are their calls.
 

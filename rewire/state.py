@@ -58,9 +58,9 @@ class LayerState:
         local: what makes B in calls under a local rule, kept from call to call.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
-        steady: nothing special about its calls: a key of :data:`rewire.run.STEADY`, the short ways through a call.
+        steady: nothing special about its calls: a key of :data:`rewire.steady.STEADY`, the short ways through a call.
         called: as an output layer on the short way, since an error last arrived.
-        mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
+        mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.steady.steady_direct` uses it.
         hold: up to how many numbers the join hands back itself, with all other layers' (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
