@@ -21,7 +21,7 @@ from rewire.passes import (
 )
 from rewire.picks import Pick
 from rewire.roles import Role
-from rewire.rows import poured
+from rewire.rows import errors_below
 from rewire.state import LayerState
 from rewire.streaming import stream_of
 from rewire.targets import current_targets
@@ -84,7 +84,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     if state.role is Role.UNKNOWN:
         wiring.bypassed.update(direct_uses(call.sources, call_sources))
     feeders = upstream(call.sources, wiring)
-    by_index = poured(call, error) if wiring.pours or not wiring.looked else {}
+    others = errors_below(call, error, y) if wiring.pours or not wiring.looked else {}
     tickets: list[Tensor] = []
     mirrored: list[Tensor] = []
     held: list[Tensor] = []
@@ -93,7 +93,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     shape = y.shape
     plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2  # not len(y): slow, and once a layer
     for feeder in (call, *feeders):
-        arrives = by_index.get(feeder, error)
+        arrives = others.get(feeder, error)
         feeder.errors.append(arrives)
         for lower in feeder.own:
             lower.above.append(error)

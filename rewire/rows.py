@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from rewire.errors import PassError
+from rewire.parts import parts_below
 from rewire.passes import (
     CALL,
     Call,
     Node,
     OutputError,
-    PouredError,
+    PartialError,
     call_of,
     metadata,
     picked,
@@ -45,22 +48,32 @@ def note_rows(state: LayerState, x: Tensor) -> Pick | None:
     return pick
 
 
-def poured(call: Call, error: OutputError) -> dict[Call, OutputError]:
-    """The error for each call below whose rows were added up by index."""
+def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, OutputError]:
+    """The error for each call below that sees another than ``error``, of which ``y`` is the output.
+
+    These are calls whose rows were added up by index, or that feed only some of the rows.
+    """
     wiring = call.state.wiring
-    found = pours_below(call.sources, call_of, lambda lower: () if lower.state.wiring is not wiring else lower.sources)
-    poured: dict[Call, OutputError] = {}
-    for lower, rows in found.items():
+
+    def sources(lower: Call) -> list[Node]:
+        return [] if lower.state.wiring is not wiring else lower.sources
+
+    rows: dict[Call, Callable[[Tensor], Tensor]] = {}
+    if call.pick is None and y.dim() > 1:
+        rows.update(parts_below(call.sources, y.shape[0], call_of, sources))
+    rows.update(pours_below(call.sources, call_of, sources))
+    found: dict[Call, OutputError] = {}
+    for lower, of in rows.items():
         state = lower.state
         if lower.pick is not None or state.wiring is not wiring or not isinstance(state.rule, DirectRule):
             continue  # rows that were picked have the place they were picked from
-        poured[lower] = PouredError(error, rows)
+        found[lower] = PartialError(error, of)
         wiring.pours = True
         wiring.unclear.discard(state.name)  # whatever they were picked from: it is known where they go
         if not state.picks:
             state.picks = True
             state.changed()
-    return poured
+    return found
 
 
 def is_new(state: LayerState) -> bool:

@@ -33,7 +33,7 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
         taken = _taken(node, number)
         if taken is not None:
             part = taken if part is None else _NONE  # a part of a part is none of ours
-        elif part is None and _puts_behind(node):
+        elif part is None and puts_behind(node):
             part = _NONE  # what lies behind one another again was not taken apart for good
         elif part is not None:
             rows = place_before(node, rows)
@@ -52,7 +52,7 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
     return stacks
 
 
-def _puts_behind(node: Any) -> bool:
+def puts_behind(node: Any) -> bool:
     """Whether a node's inputs lie one behind the other in its output."""
     name = node.name()
     if not name.startswith(("CatBackward", "StackBackward")):

@@ -667,3 +667,32 @@ class AcrossSamples(nn.Module):
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_of_one_number_prove_nothing_where_samples_mix(seed):
     check(AcrossSamples, randn(3, 60, 5, seed=seed), lambda out: F.cross_entropy(out, labels(3)), "dfa")
+
+
+class Carries(nn.Module):
+    """A state from pass to pass in plain attributes, as truncated backpropagation through time keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.h, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.state, self.steps = None, 0
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 6) if self.state is None else self.state[0]
+        h = torch.tanh(self.i(x) + self.h(state))
+        self.state, self.steps, self.seen = (h.detach(),), self.steps + 1, x.sum().item()
+        return self.head(h * self.steps)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_kept_in_attributes(rule):
+    loss = lambda out: F.cross_entropy(out, labels(7))  # noqa: E731
+    model = rewire.convert(build(Carries), rule)
+    for _ in range(3):
+        one_pass(model, randn(7, 5), loss)
+    before, steps = model.state[0].clone(), model.steps
+    proof = rewire.verify(model, randn(7, 5), loss)
+    assert proof.ok, proof
+    assert torch.equal(model.state[0], before) and model.steps == steps
+    rewire.alignment(model, randn(7, 5), loss)
+    assert torch.equal(model.state[0], before) and model.steps == steps
