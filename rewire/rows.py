@@ -97,7 +97,8 @@ def _note_turn(state: LayerState, x: Tensor) -> None:
         return
     turned, node = turned_from(x, _is_call)
     below = None if node is None else metadata(node)[CALL].state
-    state.turned = (below.name if below is not None and below.wiring is state.wiring else "") if turned else None
+    name = below.name if below is not None and below.wiring is state.wiring else ""
+    state.turned, state.follows = (name, "") if turned else (None, name)
 
 
 def _is_call(node: Node) -> bool:
