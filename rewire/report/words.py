@@ -12,7 +12,7 @@ MISSING = "–"
 
 def shown(spread: Spread | None, digits: int) -> str:
     """``mean ± deviation`` or ``–``."""
-    return MISSING if spread is None else spread.text(digits)
+    return MISSING if spread is None else spread.text(digits).replace("-", "−")
 
 
 def loss(spread: Spread | None) -> str:
@@ -20,7 +20,7 @@ def loss(spread: Spread | None) -> str:
     if spread is None:
         return MISSING
     if 1e-4 <= spread.mean < 1e4:
-        return spread.text(5 if spread.mean < 1e-3 else 4 if spread.mean < 1 else 3)
+        return spread.text(5 if spread.mean < 1e-3 else 4 if spread.mean < 1 else 3 if spread.mean < 100 else 1)
     return f"{spread.mean:.2e}" + ("" if spread.deviation is None else f" ± {spread.deviation:.1e}")
 
 
