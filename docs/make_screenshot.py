@@ -1,7 +1,7 @@
 """report.png: the first screens of a report, in an installed Chromium.
 
-    rewire ablate --model mlp --rules "fa usf dfa fitted" --seeds 5 --out runs/mlp
-    python docs/make_screenshot.py runs/mlp docs/report.png
+    make demo
+    python docs/make_screenshot.py runs/DATE-AND-TIME docs/report.png
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 
 from rewire.report import write
 
-COLOURS = 64
+COLOURS = 256
 
 
 def main(run: str, picture: str = "docs/report.png") -> None:

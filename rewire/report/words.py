@@ -8,6 +8,7 @@ from .compare import Comparison
 from .table import Group, Report, Row, Spread
 
 MISSING = "–"
+NBSP = "\u00a0"
 
 
 def shown(spread: Spread | None, digits: int) -> str:
@@ -75,7 +76,7 @@ def in_short(report: Report, group: Group) -> list[str]:
     sign = 1 if report.metric == "accuracy" else -1
     best, result = max(measured, key=lambda each: sign * each[1].mean)
     superlative = "Highest" if sign == 1 else "Lowest"
-    sentences = [f"{superlative} mean {report.metric}: {best.label}, {result.text(2)} %."]
+    sentences = [f"{superlative} mean {report.metric}: {best.label}, {result.text(2).replace(" ", NBSP)}{NBSP}%."]
     found: dict[str, list[str]] = {}
     for row in group.rows:
         if row.comparison is not None:
