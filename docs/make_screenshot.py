@@ -1,7 +1,7 @@
 """report.png: the first screens of a report, in an installed Chromium.
 
-    make demo
-    python docs/make_screenshot.py runs/DATE-AND-TIME docs/report.png
+make demo
+python docs/make_screenshot.py runs/DATE-AND-TIME docs/report.png
 """
 
 from __future__ import annotations

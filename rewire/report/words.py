@@ -76,7 +76,8 @@ def in_short(report: Report, group: Group) -> list[str]:
     sign = 1 if report.metric == "accuracy" else -1
     best, result = max(measured, key=lambda each: sign * each[1].mean)
     superlative = "Highest" if sign == 1 else "Lowest"
-    sentences = [f"{superlative} mean {report.metric}: {best.label}, {result.text(2).replace(" ", NBSP)}{NBSP}%."]
+    number = f"{result.text(2)} %".replace(" ", NBSP)  # stays on one line
+    sentences = [f"{superlative} mean {report.metric}: {best.label}, {number}."]
     found: dict[str, list[str]] = {}
     for row in group.rows:
         if row.comparison is not None:
