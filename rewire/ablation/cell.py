@@ -77,6 +77,8 @@ class Cell:
         positive("momentum", self.momentum, zero=True)
         positive("weight decay", self.weight_decay, zero=True)
         positive("alignments", self.alignments, zero=True)
+        if self.momentum >= 1:
+            raise InputError(f"momentum must be below 1, got {self.momentum:g}")
         if self.momentum and self.optimizer != "sgd":
             raise InputError("momentum belongs to --optimizer sgd; adam has its own")
 

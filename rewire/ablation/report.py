@@ -12,6 +12,7 @@ from rich.table import Table
 from .cell import Cell, Result
 
 METRICS = ("accuracy", "error")
+LARGE = 1e4  # larger losses are written with an exponent
 _OWN_COLUMN = ("model", "rule", "seed", "data_dir", "alignments")
 
 
@@ -117,8 +118,10 @@ def spread(values: Sequence[float], digits: int) -> str:
     """``mean ± sample deviation``, or the mean alone for one value, or a dash for none."""
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    # Of a network that nearly diverged the digits would fill the terminal.
+    form = f".{digits}f" if statistics.fmean(values) < LARGE else ".2e"
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):{form}}"
 
 
 def title(cells: Sequence[Cell]) -> str:

@@ -27,6 +27,7 @@ from .folder import RunFolder
 from .inputs import InputError
 from .progress import HISTORY
 from .random_state import seeded
+from .report import spread
 from .trainer import make_trainer
 from .work import Outcome, Unit, groups_of
 
@@ -158,7 +159,7 @@ def _line(result: Result, done: int, total: int) -> str:
         return f"{start}[red]failed[/red]  {result.error}"
     assert result.accuracy is not None and result.final_loss is not None
     gamma = "" if result.gamma is None else f"  Γ {result.gamma:.2f}"
-    return (
-        f"{start}test {100 * result.accuracy:6.2f} %  loss {result.final_loss:.4f}{gamma}  {result.seconds:.1f} s"
-        + ("  [red]diverged[/red]" if result.status == "diverged" else "")
+    loss = spread([result.final_loss], 4)
+    return f"{start}test {100 * result.accuracy:6.2f} %  loss {loss}{gamma}  {result.seconds:.1f} s" + (
+        "  [red]diverged[/red]" if result.status == "diverged" else ""
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.buffers import memory_of
 from rewire.diagnose.watch import Layer, Randomness, Seen
@@ -264,7 +264,7 @@ class Local:
         parent: Any = getattr(type(module), "_rewired_from", type(module))
         own = layer.state.kind.own(module)
         others = [p for p in module.parameters() if p is not own]
-        buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        buffers = [(b, b.detach().clone(), b._version) for b in module.buffers()]
         random = Randomness()
         split = _Split(ours, layer.module, ours.state.kind.look(module).shape, others)
         (args, kwargs), xs = _fresh(call.args, ours)
@@ -278,8 +278,9 @@ class Local:
             call.state.ran = watched
         random.put_back()
         with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
+            for buffer, kept, version in buffers:
+                if buffer._version != version:  # what only was read may be a part of the graph
+                    buffer.copy_(kept)
         if split.found is not None:
             self.weights[call.name] = split.found
             _expect(ours, y, xs)
@@ -324,9 +325,13 @@ def _fresh(args: Any, theirs: Seen) -> tuple[Any, list[Tensor]]:
     return tree_unflatten(leaves, spec), xs
 
 
-def _expect(theirs: Seen, y: Tensor, xs: list[Tensor]) -> None:
-    assert theirs.delta is not None
-    grads = torch.autograd.grad(y, xs, theirs.delta.to(y.dtype), allow_unused=True)
+def _expect(theirs: Seen, output: Any, xs: list[Tensor]) -> None:
+    """What ``output``, one tensor or what a layer's own forward returns, brings back to ``xs``."""
+    outputs = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+    if len(outputs) != len(theirs.deltas):
+        return
+    ends = [(y, delta.to(y.dtype)) for y, delta in zip(outputs, theirs.deltas, strict=True) if delta is not None]
+    grads = torch.autograd.grad([y for y, _ in ends], xs, [delta for _, delta in ends], allow_unused=True)
     for place, x, grad in zip(theirs.places, xs, grads, strict=True):
         theirs.expected[place.leaf] = torch.zeros_like(x) if grad is None else grad
 

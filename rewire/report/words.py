@@ -8,11 +8,12 @@ from .compare import Comparison
 from .table import Group, Report, Row, Spread
 
 MISSING = "–"
+NBSP = "\u00a0"
 
 
 def shown(spread: Spread | None, digits: int) -> str:
     """``mean ± deviation`` or ``–``."""
-    return MISSING if spread is None else spread.text(digits)
+    return MISSING if spread is None else spread.text(digits).replace("-", "−")
 
 
 def loss(spread: Spread | None) -> str:
@@ -20,7 +21,7 @@ def loss(spread: Spread | None) -> str:
     if spread is None:
         return MISSING
     if 1e-4 <= spread.mean < 1e4:
-        return spread.text(5 if spread.mean < 1e-3 else 4 if spread.mean < 1 else 3)
+        return spread.text(5 if spread.mean < 1e-3 else 4 if spread.mean < 1 else 3 if spread.mean < 100 else 1)
     return f"{spread.mean:.2e}" + ("" if spread.deviation is None else f" ± {spread.deviation:.1e}")
 
 
@@ -75,7 +76,8 @@ def in_short(report: Report, group: Group) -> list[str]:
     sign = 1 if report.metric == "accuracy" else -1
     best, result = max(measured, key=lambda each: sign * each[1].mean)
     superlative = "Highest" if sign == 1 else "Lowest"
-    sentences = [f"{superlative} mean {report.metric}: {best.label}, {result.text(2)} %."]
+    number = f"{result.text(2)} %".replace(" ", NBSP)  # stays on one line
+    sentences = [f"{superlative} mean {report.metric}: {best.label}, {number}."]
     found: dict[str, list[str]] = {}
     for row in group.rows:
         if row.comparison is not None:

@@ -145,3 +145,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         from_toml(tmp_path / "gird.toml")
     with pytest.raises(InputError, match="cannot read"):
         from_toml(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"cannot read .*directory$"):
+        from_toml(tmp_path / "folder")  # which is there: nothing else was meant

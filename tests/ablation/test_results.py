@@ -181,7 +181,7 @@ def test_rows_group_seeds() -> None:
 
 @pytest.mark.parametrize(
     ("values", "shown"),
-    [((1.0, 3.0), "2.00 ± 1.41"), ((1.5,), "1.50"), ((2.0, 2.0, 2.0), "2.00 ± 0.00"), ((), "–")],
+    [((1.0, 3.0), "2.00 ± 1.41"), ((1.5,), "1.50"), ((2.0, 2.0, 2.0), "2.00 ± 0.00"), ((), "–"), ((3e35,), "3.00e+35")],
 )
 def test_spread(values: tuple[float, ...], shown: str) -> None:
     assert spread(values, 2) == shown

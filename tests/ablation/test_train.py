@@ -268,6 +268,7 @@ def test_alignment_of_a_real_run() -> None:
         ({"lr": math.inf}, "learning rate must be above zero"),
         ({"weight_decay": -0.1}, "weight decay must be zero or more"),
         ({"momentum": 0.9}, "momentum belongs to --optimizer sgd"),
+        ({"momentum": 1.0, "optimizer": "sgd"}, "momentum must be below 1"),
     ],
 )
 def test_a_cell_that_cannot_be_is_refused(change: dict[str, object], says: str) -> None:
