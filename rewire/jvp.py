@@ -217,16 +217,19 @@ def _gather(state: LayerState, index: int, v: Tensor, output: LayerState, u: Ten
     error.deliver(u)  # so that u takes the way of an error, from the output's rows to the input's
     wide = torch.float64 if v.dtype is torch.float64 else torch.float32
     with torch.no_grad():
-        rows = learning.together(state, rule, [error], index, v.shape, wide, None)
+        behind = learning.behind_one_another(state, rule, [error], v.shape, None)
+        rows = learning.together(state, rule, [error], index, v.shape, wide, None, behind)
         if rows is None:
             return
         v = v.to(wide)
         axis = state.kind.axis(v.dim())
-        flat = learning.flat(v, axis)
-        whole = learning.has_values_for_elements(state, index)
-        if whole:
-            rows = learning.per_image(rows, len(v) if axis == 1 else 1)
-        seen = Rows(e=rows, exact=flat, seen=None, wide=v.reshape(len(rows), -1) if whole else None)
+        flat = learning.in_order(learning.flat(v, axis), behind)
+        images = len(v) if axis == 1 else 1
+        elements = None
+        if learning.has_values_for_elements(state, index):
+            rows = learning.per_image(rows, images)
+            elements = learning.in_order(v.reshape(images, -1), behind)
+        seen = Rows(e=rows, exact=flat, seen=None, wide=elements)
         learning.add(state, index, rule.observe(seen, learning.joined(state, index).to(wide)))
 
 

@@ -6,7 +6,8 @@ wants of them. The next forward takes them in, summed over ranks, and the rule c
 pass, which may be recomputed in its backward.
 
 Everything is said in rows. A row of e belongs to one row of x and G, or to a run of them: of tokens, or of pixels,
-which all get the same feedback.
+which all get the same feedback. Where a sample's rows are not next to one another (a sequence that comes first, batches
+behind one another), they are put so before a rule sees them, and what it learns does not depend on their order.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rewire.wiring import Wiring
 
 Sums = dict[str, Tensor]
+Behind = tuple[int, int] | None
 
 
 def look(state: LayerState, rule: DirectRule, x: Tensor) -> Tensor | None:
@@ -79,11 +81,13 @@ def errors_as_rows(
     shape: torch.Size,
     dtype: torch.dtype,
     pick: Pick | None,
+    behind: Behind = None,
 ) -> Tensor:
     """e as rows (N, n), in the order of the rows of x; each serves a run of M/N of those.
 
     Args:
         shape: of x.
+        behind: how the rows of x will be put in order before they meet those of e.
     """
     same = pick is not None and error.pick is not None and pick.same(error.pick)
     signal = error.signal(rule) if same else error.whole(rule)
@@ -91,7 +95,7 @@ def errors_as_rows(
     structure = state.structure(rule).routing
     route = plan(state, rule, error, whole, signal.shape, structure)
     signal = signal.to(dtype)
-    if route.runs and (pick is None or same):
+    if route.runs and route.behind == behind and (pick is None or same):
         return route.before(signal)
     # Whatever the way is, e of n features takes it as an x of n features would be given.
     axis = state.kind.axis(len(whole))
@@ -99,7 +103,13 @@ def errors_as_rows(
     narrow = torch.Size([n if i == axis % len(whole) else size for i, size in enumerate(whole)])
     along = plan(state, rule, error, narrow, signal.shape, "channel")
     led = along(signal, torch.eye(n, dtype=dtype, device=signal.device))
-    return flat(led if pick is None or same else pick(led), axis)
+    if pick is None or same:
+        return flat(led, axis)
+    picked = pick(led)
+    rows = flat(picked, axis)
+    if route.runs and len(route.before(signal)) <= math.prod(pick.lead):  # the same at all places of what was picked
+        return rows.reshape(len(picked), -1, n)[:, 0]
+    return rows
 
 
 def together(
@@ -110,12 +120,13 @@ def together(
     shape: torch.Size,
     dtype: torch.dtype,
     pick: Pick | None,
+    behind: Behind = None,
 ) -> Tensor | None:
     """The errors of all output layers that arrived, as rows (N, n) side by side; None if there are none."""
     parts: dict[str, Tensor] = {}
     for error in errors:
         if error.error is not None and error.here():
-            parts[error.state.name] = errors_as_rows(state, rule, error, index, shape, dtype, pick)
+            parts[error.state.name] = errors_as_rows(state, rule, error, index, shape, dtype, pick, behind)
     if not parts:
         return None
     known = [output for output, i in state.shapes if i == index]
@@ -130,14 +141,38 @@ def together(
     return torch.cat([parts.get(o, first.new_zeros(most, widths[o])) for o in known], 1)
 
 
+def behind_one_another(
+    state: LayerState, rule: LearnedDirect, errors: list[OutputError], shape: torch.Size, pick: Pick | None
+) -> Behind:
+    """:attr:`~rewire.routing.Route.behind` of x, if all errors that arrived agree on it; with rows picked, None."""
+    if pick is not None:
+        return None
+    structure = state.structure(rule).routing
+    found = {
+        route.behind if route.runs else None
+        for error in errors
+        if error.error is not None and error.here()
+        for route in [plan(state, rule, error, shape, error.whole(rule).shape, structure)]
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def in_order(rows: Tensor, behind: Behind) -> Tensor:
+    """Rows of x (M, ...), or its images, with those of a sample next to one another."""
+    if behind is None:
+        return rows
+    return rows.reshape(*behind, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
 def context_part(e: Tensor, seen: Tensor, C: Tensor) -> Tensor:
     """What the layer's own input adds: sum over i, j of e_i c_j C_ij, as rows (M, features).
 
     Args:
-        e: (N, n). seen: c, (M, r), M a multiple of N. C: (n, r, features).
+        e: (N, n), or wider: of output layers seen after C was learned. seen: c, (M, r), M a multiple of N.
+        C: (n, r, features).
     """
     n, r, features = C.shape
-    by_run = (e @ C.reshape(n, r * features)).reshape(len(e), r, features)
+    by_run = (e[:, :n] @ C.reshape(n, r * features)).reshape(len(e), r, features)
     return torch.bmm(seen.reshape(len(e), -1, r), by_run).reshape(-1, features)
 
 
@@ -220,19 +255,25 @@ def gather(
     """
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     with torch.no_grad():
-        e = together(state, rule, errors, index, shape, wide, pick)
+        behind = behind_one_another(state, rule, errors, shape, pick)
+        e = together(state, rule, errors, index, shape, wide, pick, behind)
         if e is None:
             return
         axis = state.kind.axis(len(shape))
+        images = shape[0] if axis == 1 else 1
         whole = has_values_for_elements(state, index)
         if whole:
-            e = per_image(e, shape[0] if axis == 1 else 1)
+            e = per_image(e, images)
         wanted = exact if seen is None or not rule.watches else seen
+        if seen is not None:
+            seen = (flat(seen, axis) if rule.watches else seen).to(wide)
         rows = Rows(
             e=e,
-            exact=None if exact is None else flat(exact.detach().to(wide), axis),
-            seen=None if seen is None else (flat(seen, axis) if rule.watches else seen).to(wide),
-            wide=wanted.detach().to(wide).reshape(len(e), -1) if whole and wanted is not None else None,
+            exact=None if exact is None else in_order(flat(exact.detach().to(wide), axis), behind),
+            seen=None if seen is None else in_order(seen, behind),
+            wide=in_order(wanted.detach().to(wide).reshape(images, -1), behind)
+            if whole and wanted is not None
+            else None,
         )
         sums = rule.gather(rows)
         add(state, index, {**sums, "samples": e.new_full((), len(e))})
@@ -244,17 +285,27 @@ def has_values_for_elements(state: LayerState, index: int) -> bool:
 
 
 def per_image(e: Tensor, images: int) -> Tensor:
-    """Rows of e (N, n) as one for each of as many ``images``, which it has one for several of, or several for each."""
-    if len(e) < images:
-        return e.repeat_interleave(images // len(e), 0)
-    return e if len(e) == images else e.reshape(images, -1, e.shape[1])[:, 0]
+    """Rows of e (N, n), of which each place of an image may have one: at most one for each of so many ``images``."""
+    return e if len(e) <= images else e.reshape(images, -1, e.shape[1])[:, 0]
 
 
 def add(state: LayerState, index: int, sums: Sums) -> None:
-    """Add to what is gathered for one input, until the next forward takes it in."""
+    """Add to what is gathered for one input, until the next forward takes it in.
+
+    What was gathered before a further output layer was seen is dropped: it is of another width.
+    """
+    outputs = width(state, index)
+    if state.gathered_of.get(index) != outputs:
+        state.gathered.pop(index, None)
+        state.gathered_of[index] = outputs
     so_far = state.gathered.setdefault(index, {})
     for name, value in sums.items():
         so_far[name] = so_far[name] + value if name in so_far else value
+
+
+def width(state: LayerState, index: int) -> int:
+    """How many outputs B has, those of all output layers seen so far."""
+    return sum(needed[0] for (_, i), needed in state.shapes.items() if i == index)
 
 
 def step(wiring: Wiring) -> bool:
@@ -307,13 +358,26 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
             "for the first steps under a gradient scaler)",
         )
         return
+    if state.gathered_of.get(index) != width(state, index):
+        return  # an output layer was seen for the first time since
     held = [held_B(state, output, index) for output, i in state.shapes if i == index]
     B = joined(state, index).to(next(iter(sums.values())).dtype)
     memory = memory_of(state, index)
+    for name in memory.keys() & sums.keys():  # to earlier passes the error of an output layer seen later was zero
+        memory[name] = padded(memory[name], sums[name].shape)
     made = rule.learn(B, memory, sums)
     for b, part in zip(held, torch.split(made, [len(b) for b in held]), strict=True):
         b.copy_(part.reshape(b.shape))
     remember(state, index, memory)
+
+
+def padded(t: Tensor, shape: torch.Size) -> Tensor:
+    """``t`` with zeros behind it in every dimension in which ``shape`` is larger."""
+    if t.shape == shape:
+        return t
+    larger = t.new_zeros(shape)
+    larger[tuple(map(slice, t.shape))] = t
+    return larger
 
 
 def _finite(value: Tensor) -> bool:

@@ -64,7 +64,9 @@ class Route:
         common: that guess is about e, and the same for all layers below.
         reading: what the shapes show clearly about the order of dimensions; None if nothing.
         plain: e and x are both (N, features), so that ``before`` and ``after`` do nothing.
-        runs: each row that ``before`` gives belongs to a run of rows of x, all runs of the same length.
+        runs: each row that ``before`` gives belongs to a run of rows of x, all runs of the same length, once rows of x
+            that are ``behind`` one another have been put in order.
+        behind: (k, N) where x's rows are k times N, each of the k having a part of all N samples; None: nothing to do.
     """
 
     feedback_shape: Shape
@@ -76,6 +78,7 @@ class Route:
     reading: Reading | None = None
     plain: bool = False
     runs: bool = True
+    behind: tuple[int, int] | None = None
 
     def __call__(self, signal: Tensor, feedback: Tensor) -> Tensor:
         """Feed ``signal`` (of e's shape) back through ``feedback``; the result has x's shape and B's dtype."""
@@ -177,7 +180,8 @@ def plan(
             route,
             before=(lambda t: inner.before(t.transpose(0, 1))) if swap_e else inner.before,
             after=(lambda t: inner.after(t).transpose(0, 1).contiguous()) if swap_x else inner.after,
-            runs=inner.runs and not swap_x,
+            runs=inner.runs and not (swap_x and inner.behind),
+            behind=(x.shape[0], x.shape[1]) if swap_x else inner.behind,
         )
     if route.ambiguous is not None and layout == "batch_first":
         route = replace(route, ambiguous=None)  # said to be so
@@ -219,7 +223,7 @@ def _batch_first(x: _Side, e: _Side, structure: str, stacked: int, flat: str | N
             lambda t: _mean_over_grid(e.rows(t)),
             lambda t: _repeated(one.after(t), parts, stacked),
             "parts",
-            runs=stacked == 1,
+            behind=(stacked, x.size // stacked) if stacked > 1 and parts % stacked == 0 else None,
         )
     if x.size and e.size and e.size % x.size == 0 and (x.first or not x.grid):
         return _rows_of_samples(x, e, n, structure, flat)

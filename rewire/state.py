@@ -75,6 +75,7 @@ class LayerState:
         exact: for feedback that learns: what is handed back now is backprop's own gradient.
         probe: the forward-mode probe that is under way (:mod:`rewire.jvp`).
         gathered: what passes have shown that is not taken in yet, by input.
+        gathered_of: how many outputs B had, of all output layers together, when it was gathered.
         learned: B and whatever else its rule keeps, by the names they have in the module.
         linked: all of that is in the module.
         learner: what sees to a local rule's feedback that learns.
@@ -134,6 +135,7 @@ class LayerState:
         self.exact = False
         self.probe: Any = None
         self.gathered: dict[int, dict[str, Tensor]] = {}
+        self.gathered_of: dict[int, int] = {}
         self.learned: dict[str, Tensor] = {}
         self.linked = True
         self.learner: Learner | None = None

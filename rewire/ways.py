@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rewire.errors import RoutingError
+from rewire.errors import PassError, RoutingError
 from rewire.layer_feedback import B_of
 from rewire.routing import Route, route_to
 from rewire.rules.base import DirectRule
@@ -33,17 +33,37 @@ def find(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Route, Tensor | Feedback]:
-    """The way to an input of ``shape`` and ``dtype``, looked for once; what it shows of B is noted in the state."""
+    """The way to an input of ``shape`` and ``dtype``, looked for once; what it shows of B is noted in the state.
+
+    Raises:
+        RoutingError: if there is none.
+        PassError: under a rule that learns, if some errors need a B with a value for every element and others do not.
+    """
     structure = state.structure(rule)
     key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, state.order, structure, state.stacked)
     found = state.routes.get(key)
     if found is None:
         found = state.routes[key] = _route(state, rule, structure, error, index, shape, e_shape, dtype, device)
     route, feedback, needed = found
+    if state.learns and (error.state.name, index) not in state.shapes:
+        _alike(state, rule, index, error.state.label, needed)
     state.shapes[error.state.name, index] = needed
     state.structures[error.state.name, index] = structure
     state.kept_as[error.state.name, index] = dtype, device
     return route, feedback
+
+
+def _alike(state: LayerState, rule: DirectRule, index: int, output: str, needed: tuple[int, ...]) -> None:
+    """B of all output layers are learned together, so they have to be of one kind."""
+    for (other, i), shape in state.shapes.items():
+        if i == index and (len(shape) > 2) != (len(needed) > 2):
+            kinds = "every element of an image", "every channel"
+            this, that = kinds if len(needed) > 2 else kinds[::-1]
+            raise PassError(
+                f"layer {state.label}: {rule!r} learns B of all output layers together, but for the error of {output} "
+                f"it has a value for {this}, and for that of {other!r} one for {that}: use feedback='channel', in "
+                "convert or as an option of the rule"
+            )
 
 
 def plan(

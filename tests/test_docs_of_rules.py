@@ -94,3 +94,29 @@ def test_the_angles_are_those_of_the_example() -> None:
     model, _ = example.train("kp")
     said = [float(number) for number in re.findall(r": +([\d.]+)", rows["kp"])]
     assert said == pytest.approx(list(example.angles(model).values()), abs=0.5)  # other processors round otherwise
+
+
+def test_the_gap_to_backprop_is_what_was_measured() -> None:
+    """README's tables of ``benchmarks/gap.py``, from the runs that are kept; and that they show what is asked of it."""
+    lines = (ROOT / "benchmarks" / "results" / "gap.jsonl").read_text().splitlines()
+    errors: dict[tuple[str, str], dict[int, float]] = {}
+    for run in map(json.loads, lines):
+        errors.setdefault((run["task"], run["rule"]), {})[run["seed"]] = run["error"]
+    means = {place: mean(by_seed.values()) for place, by_seed in errors.items()}
+    closed = {
+        (task, rule): 100 * (means[task, "dfa"] - error) / (means[task, "dfa"] - means[task, "bp"])
+        for (task, rule), error in means.items()
+    }
+    readme = (ROOT / "README.md").read_text()
+    tables = {task: readme.split(f"  {task}\n")[1].split("```")[0].split("└")[0] for task, _ in means}
+    for task, rule in means:
+        assert set(errors[task, rule]) == {0, 1, 2}
+        (row,) = [line for line in tables[task].splitlines() if line.startswith(f"│ {rule}  ") or f"│ {rule} │" in line]
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells[0] == rule and cells[1] == "3", row
+        assert cells[2].startswith(f"{means[task, rule]:.2f} ±"), row
+        assert cells[3] == f"{closed[task, rule]:.0f}", row
+    assert sum(table.count("\n│") for table in tables.values()) == len(means)
+    assert means["lenet", "fitted"] <= 13.5
+    assert means["lenet-sgd", "dfa"] - means["lenet-sgd", "fitted"] >= 4
+    assert closed["transformer", "fitted(context=8)"] >= 60 and closed["resnet", "fitted(context=8)"] >= 60

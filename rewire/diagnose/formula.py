@@ -99,11 +99,12 @@ def _plainly(e: Tensor, B: Tensor, x: torch.Size, axes: tuple[int, int]) -> Tens
     return None
 
 
-def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) -> Tensor | None:
+def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int], output: str) -> Tensor | None:
     """What the layer's own input x adds under a rule that looks at it: e c C for each row of e and of x, c being x P.
 
     Args:
         sent: what is projected, and its dimension with the n features.
+        output: the output layer whose error that is.
 
     Returns:
         A tensor of x's shape; None where the rows of e do not each belong to a run of rows of x.
@@ -112,6 +113,10 @@ def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) 
     if C is None:
         return torch.zeros_like(x)
     e, axis = sent
+    widths = {name: needed[0] for (name, i), needed in state.shapes.items() if i == index}
+    if output not in widths or len(C) != sum(widths.values()):
+        return None
+    C = torch.split(C, list(widths.values()))[list(widths).index(output)]
     features = state.kind.axis(x.dim())
     rows = e.movedim(axis, -1).reshape(-1, e.shape[axis]).to(C.dtype)
     seen = x.detach().movedim(features, -1)

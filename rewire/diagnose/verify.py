@@ -553,7 +553,7 @@ class _Verify:
 
     def _with_context(self, fed: Tensor, call: Seen, place: Place, number: int, dim: int | None) -> Tensor | None:
         """``fed`` and what the layer's own input adds to it, where a rule looks at that."""
-        sent = []
+        total = fed
         for output in self.flow.downstream(self.calls[call]):
             for e in self.errors.get(output, []):
                 if e is None or output.pick is not None:
@@ -562,9 +562,12 @@ class _Verify:
                 sees = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
                 sees = sees if dim is None else weighted(sees, axis, dim)
                 rows = self.flow.rows(self.calls[call], output)
-                sent.append((sees if rows is None else rows(sees), axis))
-        added = context(call.state, number, place.x, sent[0]) if len(sent) == 1 else None
-        return None if added is None else fed + added.to(fed.dtype)
+                seen = sees if rows is None else rows(sees)
+                added = context(call.state, number, place.x, (seen, axis), output.state.name)
+                if added is None:
+                    return None
+                total = total + added.to(fed.dtype)
+        return total
 
     def _astray(self, call: Seen, place: Place, fed: Tensor | None) -> bool:
         """Whether a row got the feedback of another sample's error."""

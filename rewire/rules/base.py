@@ -235,8 +235,8 @@ class Rows:
         exact: backprop's own gradient of the input, (M, features), M a multiple of N: each row of e belongs to a run of
             M/N rows. None in passes that were fed back.
         seen: x P, (M, context), or for a rule that ``watches``, x, (M, features).
-        wide: ``exact`` (or, for a rule that watches, x) as (N, elements) where B has a value for every element of an
-            image; else None.
+        wide: ``exact`` (or, for a rule that watches, x) as (images, elements) where B has a value for every element of
+            an image, and each row of e belongs to a run of images; else None.
     """
 
     e: Tensor
@@ -246,17 +246,20 @@ class Rows:
 
     @property
     def run(self) -> int:
-        """How many rows of x get the feedback of one row of e."""
-        rows = self.exact if self.exact is not None else self.seen
-        return 1 if self.wide is not None or rows is None else len(rows) // max(len(self.e), 1)
+        """How many rows of x, or images, get the feedback of one row of e."""
+        rows = self._rows()
+        return 1 if rows is None else len(rows) // max(len(self.e), 1)
 
     def summed(self) -> Tensor:
-        """``exact`` (without it, ``seen``), one row for each row of e: an image's elements, or summed over the run."""
+        """``wide``, or ``exact``, or without that ``seen``: one row for each row of e, summed over its run."""
+        rows = self._rows()
+        assert rows is not None
+        return rows if self.run == 1 else rows.reshape(len(self.e), self.run, rows.shape[1]).sum(1)
+
+    def _rows(self) -> Tensor | None:
         if self.wide is not None:
             return self.wide
-        rows = self.exact if self.exact is not None else self.seen
-        assert rows is not None
-        return rows.reshape(len(self.e), self.run, rows.shape[1]).sum(1)
+        return self.exact if self.exact is not None else self.seen
 
 
 class LearnedDirect(DirectRule):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from rewire.errors import ConversionError
@@ -62,8 +61,6 @@ class DKP(LearnedDirect):
 
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
         G, size = sums["G"], sums["size"]
-        if not bool(torch.isfinite(size)):  # a gradient scaler still looking for its scale
-            return B
         if self.normalise:
             if "unit" not in memory:
                 if not bool(size > 0):

@@ -107,24 +107,24 @@ class Fitted(LearnedDirect):
 
     def gather(self, rows: Rows) -> dict[str, Tensor]:
         assert rows.exact is not None
-        run, features = len(rows.exact) // max(len(rows.e), 1), rows.exact.shape[1]
+        whole = rows.exact if rows.wide is None else rows.wide
+        run, places = rows.run, len(rows.exact) // max(len(rows.e), 1)
         e = rows.e if self.probe is None else rows.e[: self.probe]
         N = len(e)
-        G = rows.exact[: N * run].reshape(N, run, features)
-        wide = None if rows.wide is None else rows.wide[:N]
+        G = whole[: N * run].reshape(N, run, whole.shape[1])
         sums: dict[str, Tensor] = {}
+        if rows.seen is None or rows.wide is not None:
+            sums["S"], sums["R"] = e.T @ e * run, e.T @ (G[:, 0] if run == 1 else G.sum(1))
         if rows.seen is None:
-            sums["S"] = e.T @ e * (1 if wide is not None else run)
-            sums["R"] = e.T @ (G.sum(1) if wide is None else wide)
             return sums
-        c = rows.seen[: N * run].reshape(N, run, -1)
-        if wide is None:
-            c = torch.cat([c.new_ones(N, run, 1), c], 2)
+        c = rows.seen[: N * places].reshape(N, places, -1)
+        if rows.wide is None:
+            c = torch.cat([c.new_ones(N, places, 1), c], 2)
         else:
-            sums["S"], sums["R"] = e.T @ e, e.T @ wide
             # What B leaves over, by a fit to this pass alone: the C of all anchors is not known here.
-            left = wide - e @ torch.linalg.solve(self._ridged(sums["S"]), sums["R"])
-            G = left.reshape(N, features, run).transpose(1, 2)
+            left = G - (e @ torch.linalg.solve(self._ridged(sums["S"]), sums["R"]))[:, None]
+            features = rows.exact.shape[1]
+            G = left.reshape(N, run, features, -1).transpose(2, 3).reshape(N, places, features)
         return sums | _normal_equations(e, c, G)
 
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:

@@ -199,6 +199,20 @@ def test_dkp_waits_while_errors_are_not_finite():
     assert not np.allclose(used_feedback(model)["4"], before["4"])
 
 
+def test_dkp_waits_while_errors_are_zero():
+    """u is that of the first pass from which anything can be learned."""
+    found = []
+    for silent in (0, 2):
+        model = mlp()
+        rewire.convert(model, "dkp(decay=0)", scale=0.3)
+        for x, labels in batches(silent):
+            (0 * nn.functional.cross_entropy(model(x), labels)).backward()
+        for x, labels in batches(2, seed=7):
+            nn.functional.cross_entropy(model(x), labels).backward()
+        found.append(used_feedback(model)["4"])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("wrong", [{"lr": -1}, {"decay": "much"}, {"lr": float("nan")}])
 def test_numbers_dkp_refuses(wrong):
     with pytest.raises(rewire.ConversionError, match=next(iter(wrong))):

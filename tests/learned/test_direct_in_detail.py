@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import rewire
+from rewire.feedback import standard_normal
+from rewire.learning import glance
 from rewire.rules import resolve
 from rewire.rules.base import Rows
 from rewire.swap import states_of
@@ -84,3 +86,24 @@ def test_a_sketch_is_one_place_and_one_sign_for_each_output() -> None:
     e = torch.randn(5, 100, 3, dtype=torch.float64)  # and the same wherever the features are
     np.testing.assert_allclose(rule.signal(e, None, 1), np.einsum("ifk,fs->isk", e, matrix), atol=1e-12)
     np.testing.assert_array_equal(matrix, resolve("fitted(sketch=16)").signal(torch.eye(100).double(), None, -1))
+
+
+def test_no_sketch_of_as_many_outputs_as_it_has_places() -> None:
+    e = torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(resolve("fitted(sketch=16)").signal(e, None, 1), e)
+
+
+def test_rules_without_exact_passes() -> None:
+    assert not any(resolve("grape(anchor=0)").exact(number, 0) for number in range(5))
+    assert not any(resolve("fitted(by='jvp', every=1)").exact(number, 0) for number in range(5))
+
+
+def test_what_context_sees_of_an_input() -> None:
+    """P: N(0, 1/features), drawn for the layer's name, the same in every process."""
+    model = nn.Sequential(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 3))
+    rewire.convert(model, "fitted(context=30)", seed=7)
+    (one,), (other,) = states_of(model[2]), states_of(model[4])
+    P = glance(one, 30, 400)
+    np.testing.assert_array_equal(P, standard_normal((400, 30), seed=7, name="2:context") / 20)
+    assert abs(float(P.std()) * 20 - 1) < 0.03 and abs(float(P.mean())) * 20 < 0.03
+    assert abs(np.corrcoef(P.flatten(), glance(other, 30, 400).flatten())[0, 1]) < 0.05

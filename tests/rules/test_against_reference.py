@@ -290,6 +290,22 @@ def test_drtp_with_a_loss_that_does_not_show_the_targets(how):
     check_pass(problem, "drtp", {"indices": problem.labels, "one-hot": problem.hot}[how])
 
 
+def test_drtp_hands_nothing_back_to_a_row_without_a_target():
+    problem = Problem("mlp")
+    rewire.convert(problem.model, "drtp", scale=SCALE)
+    labels = problem.labels.clone()
+    labels[[1, 4]] = -100
+    x = problem.x.clone().requires_grad_()
+    for _ in range(2):
+        x.grad = None
+        with rewire.targets(labels):
+            y = problem.model(x)
+        torch.nn.functional.cross_entropy(y, labels).backward()
+    hot = np.stack([np.eye(4)[k] if k >= 0 else np.zeros(4) for k in labels.tolist()])
+    B = used_feedback(problem.model)["0"]
+    np.testing.assert_allclose(x.grad, hot @ B, atol=1e-12)
+
+
 def test_drtp_trusts_the_given_targets_over_the_errors_sign():
     problem = Problem("mlp")
     rewire.convert(problem.model, "drtp", scale=SCALE)
