@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from rewire.errors import ConversionError, PassError
@@ -14,6 +15,11 @@ def check_model(model: object, call: str) -> None:
     """Raise unless ``model`` is a module."""
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ConversionError(f"{model.__name__} is a class: {call} needs an instance, {model.__name__}(...)")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConversionError(
+            f"{call} needs a torch.nn.Module, and a ScriptModule's layers run in TorchScript alone: give "
+            "it the module that was scripted"
+        )
     if not isinstance(model, nn.Module):
         raise ConversionError(f"{call} needs a torch.nn.Module, not {type(model).__name__}")
 

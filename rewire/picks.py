@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewire.stacks import counted, place_before
+
 Node = torch.autograd.graph.Node
 # The rows of a call's input, for the node of its output; raises KeyError for other nodes.
 Known = Callable[[Node], "Pick | None"]
@@ -44,6 +46,20 @@ class Pick:
         whole = picked.new_zeros((math.prod(self.lead), *picked.shape[1:]))
         return whole.index_add(0, self.rows, picked).reshape(self.whole(picked.shape))
 
+    def permutes(self) -> bool:
+        """Whether each row was picked once."""
+        count = math.prod(self.lead)
+        return len(self.rows) == count == len(set(self.rows.tolist()))
+
+    def undoes(self, below: Pick) -> bool:
+        """Whether every row is back where it was, after ``below`` gave all another order."""
+        back = (
+            below.rows[self.rows]
+            if self.permutes() and below.permutes() and len(self.rows) == len(below.rows)
+            else None
+        )
+        return back is not None and torch.equal(back, torch.arange(len(back), device=back.device))
+
     def same(self, other: Pick) -> bool:
         """Whether both are the same rows."""
         mine, theirs = math.prod(self.lead), math.prod(other.lead)
@@ -65,19 +81,20 @@ def pick_of(x: Tensor, known: Known) -> Pick | None:
     Raises:
         Unclear: if they were, in a way that cannot be followed.
     """
-    found = _below(x.grad_fn, known) if x.grad_fn is not None else None
+    found = _below(x.grad_fn, known, x.shape[0]) if x.grad_fn is not None and x.dim() else None
     if found is not None and len(found.rows) != x.shape[0]:
         raise Unclear
     return found
 
 
-def _below(root: Node, known: Known) -> Pick | None:
+def _below(root: Node, known: Known, count: int, place: int = 0) -> Pick | None:
+    """The same for what a node gives, whose dimension ``place`` (-1: nobody knows which) has ``count`` rows."""
     picks: list[Pick] = []
     whole = False  # something that reaches here was not picked
     visited: set[Node] = set()
-    stack = [root]
+    stack = [(root, place)]
     while stack:
-        node = stack.pop()
+        node, place = stack.pop()
         if node in visited:
             continue
         visited.add(node)
@@ -89,26 +106,40 @@ def _below(root: Node, known: Known) -> Pick | None:
             whole |= pick is None
             picks += [] if pick is None else [pick]
             continue
-        parents = [parent for parent, _ in node.next_functions]
-        made = _made(node)
-        if made is not None and parents[0] is not None:
-            if _leads_to_call(parents[0], known):
-                below = _below(parents[0], known)
+        parents = node.next_functions
+        made = _made(node, place, count)
+        if made is not None and (picked_from := parents[0][0]) is not None:
+            if _leads_to_call(picked_from, known):
+                below = _below(picked_from, known, math.prod(made.lead), -1)
                 both = made if below is None else made.of(below)
                 if both is None:
                     raise Unclear
-                picks.append(both)
+                if below is not None and made.undoes(below):  # sorted, and back in order again
+                    whole = True
+                else:
+                    picks.append(both)
             continue
         if node.name().startswith(_PUT):
             # Rows put in their places: those of what they are put into.
             whole = True
             continue
-        stack.extend(parent for parent in parents if parent is not None)
+        before = place_before(node, place) if place >= 0 else -1
+        for parent, at in parents:
+            if parent is not None:
+                stack.append((parent, before if _keeps_dimensions(node, parent, at) else -1))
     if not picks:
         return None
     if whole or not all(pick.same(picks[0]) for pick in picks):
         raise Unclear
     return picks[0]
+
+
+def _keeps_dimensions(node: Any, parent: Any, at: int) -> bool:
+    """Whether which dimension is which can be told from a node to one of its inputs."""
+    if node.name().startswith(("Select", "Unsqueeze")):
+        return True
+    shapes = getattr(parent, "_input_metadata", ())
+    return at < len(shapes) and len(shapes[at].shape) == len(node._input_metadata[0].shape)
 
 
 _PUT = ("IndexAdd", "IndexPut", "IndexCopy", "Scatter", "MaskedScatter", "IndexReduce")
@@ -132,12 +163,15 @@ def _leads_to_call(root: Node, known: Known) -> bool:
     return False
 
 
-def _made(node: Any) -> Pick | None:
-    """The pick that a node makes, if it reorders or leaves out leading rows."""
+def _made(node: Any, place: int, count: int) -> Pick | None:
+    """The pick that a node makes, if it reorders or leaves out rows: in dimension ``place`` of its output."""
     name = node.name()
     if name == "IndexSelectBackward0":
         sizes = node._saved_self_sym_sizes
-        return Pick((sizes[0],), node._saved_index) if node._saved_dim in (0, -len(sizes) % 2**64) else None
+        pick = Pick((sizes[dim := counted(node._saved_dim, len(sizes))],), node._saved_index)
+        if dim == max(place, 0) or (place < 0 and pick.lead == (count,) and pick.permutes()):
+            return pick
+        return None
     if name != "IndexBackward0":
         return None
     sizes = tuple(int(n) for n in node._saved_self_sym_sizes)

@@ -33,7 +33,7 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
         taken = _taken(node, number)
         if taken is not None:
             part = taken if part is None else _NONE  # a part of a part is none of ours
-        elif part is None and _puts_behind(node):
+        elif part is None and puts_behind(node):
             part = _NONE  # what lies behind one another again was not taken apart for good
         elif part is not None:
             rows = place_before(node, rows)
@@ -52,12 +52,12 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
     return stacks
 
 
-def _puts_behind(node: Any) -> bool:
+def puts_behind(node: Any) -> bool:
     """Whether a node's inputs lie one behind the other in its output."""
     name = node.name()
     if not name.startswith(("CatBackward", "StackBackward")):
         return False
-    return _counted(node._saved_dim, len(node._input_metadata[0].shape)) == 0
+    return counted(node._saved_dim, len(node._input_metadata[0].shape)) == 0
 
 
 def place_before(node: Any, rows: int) -> int:
@@ -66,10 +66,15 @@ def place_before(node: Any, rows: int) -> int:
     if name.startswith("TBackward"):
         return 1 - rows
     if name.startswith("TransposeBackward"):
-        one, other = _counted(node._saved_dim0, dims), _counted(node._saved_dim1, dims)
+        one, other = counted(node._saved_dim0, dims), counted(node._saved_dim1, dims)
         return {one: other, other: one}.get(rows, rows)
     if name.startswith("PermuteBackward"):
-        return _counted(node._saved_dims[rows], dims) if rows >= 0 else -1
+        return counted(node._saved_dims[rows], dims) if rows >= 0 else -1
+    if name.startswith("SelectBackward"):
+        return rows + (counted(node._saved_dim, dims + 1) <= rows)
+    if name.startswith("UnsqueezeBackward"):
+        added = counted(node._saved_dim, dims)
+        return -1 if rows == added else rows - (added < rows)
     return -1 if rows != 0 and "View" in name else rows
 
 
@@ -82,7 +87,7 @@ def _taken(node: Any, number: int) -> Part | None:
         return (len(node._input_metadata), number) if node._saved_dim == 0 else None
     sizes = node._saved_self_sym_sizes
     rows = int(sizes[0]) if sizes else 0
-    if _counted(node._saved_dim, len(sizes)) != 0 or not rows:
+    if counted(node._saved_dim, len(sizes)) != 0 or not rows:
         return None
     if name == "SelectBackward0":
         return rows, int(node._saved_index) % rows
@@ -99,7 +104,7 @@ def _taken(node: Any, number: int) -> Part | None:
     return (rows // size, first // size) if size and rows % size == first % size == 0 else None
 
 
-def _counted(dim: int, dims: int) -> int:
+def counted(dim: int, dims: int) -> int:
     """A dimension as a node has it, from the front. Those counted from the back are unsigned there."""
     return int(dim) - 2**64 + dims if int(dim) >= 2**63 else int(dim)
 

@@ -19,7 +19,7 @@ Node = torch.autograd.graph.Node
 
 
 def turned_from(x: Tensor, is_call: Callable[[Node], bool]) -> tuple[bool, Node | None]:
-    """Whether the first two dimensions of ``x`` changed places since the call it was made by; and that call's node.
+    """Whether the first dimension of what ``x`` was made from is its second now; and the node of the call that made it.
 
     What lies in between is followed for as long as dimensions can be: through operations on elements, padding and
     other transposes. Without a call at the end, the node is None.
@@ -33,9 +33,9 @@ def turned_from(x: Tensor, is_call: Callable[[Node], bool]) -> tuple[bool, Node 
             parent for parent, place in node.next_functions if parent is not None and _dims(parent, place) == dims
         ]
         if -1 in before or not parents:
-            return (first, second) == (1, 0), None
+            return second == 0 < first, None
         (first, second), node = before, parents[0]
-    return (first, second) == (1, 0), node
+    return second == 0 < first, node
 
 
 def _dims(node: Any, place: int) -> int:

@@ -682,3 +682,15 @@ def test_one_class_under_several_names_keeps_its_own(registry):
 
     rewire.register_rule("first")(Scaled)
     assert repr(DFA()) == "dfa" and repr(Scaled()) == "first" and DRTP.name == "drtp"
+
+
+def test_torchscript_is_refused_or_left_alone():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    with pytest.raises(rewire.ConversionError, match="the module that was scripted"):
+        rewire.convert(scripted, "fa")
+    model = rewire.convert(nn.Sequential(nn.Linear(2, 3), scripted), "fa")
+    assert {row.name: "TorchScript" in row.note for row in rewire.summary(model).rows} == {
+        "0": False,
+        "1.0": True,
+        "1.2": True,
+    }

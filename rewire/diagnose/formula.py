@@ -259,7 +259,7 @@ class Local:
         parent: Any = getattr(type(module), "_rewired_from", type(module))
         own = layer.state.kind.own(module)
         others = [p for p in module.parameters() if p is not own]
-        buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        buffers = [(b, b.detach().clone(), b._version) for b in module.buffers()]
         random = Randomness()
         split = _Split(ours, layer.module, ours.state.kind.look(module).shape, others)
         (args, kwargs), xs = _fresh(call.args, ours)
@@ -273,8 +273,9 @@ class Local:
             call.state.ran = watched
         random.put_back()
         with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
+            for buffer, kept, version in buffers:
+                if buffer._version != version:  # what only was read may be a part of the graph
+                    buffer.copy_(kept)
         if split.found is not None:
             self.weights[call.name] = split.found
             _expect(ours, y, xs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from rewire.layers.convolution import convolution_kinds
@@ -48,6 +49,8 @@ def _overrides(module: nn.Module, cls: type, name: str) -> bool:
 
 def why_not(module: nn.Module) -> str:
     """Why a module with parameters of its own is not a layer that a rule could change."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled to TorchScript: convert first, then script or compile"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "looks rows up: nothing to hand back"
     if isinstance(module, nn.RNNBase):

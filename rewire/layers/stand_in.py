@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rewire.layers.kinds import Kind
@@ -48,6 +49,8 @@ def wrapped_by(module: nn.Module, kind_of: Any) -> tuple[str, nn.Module] | None:
     It shows the layer's weight and bias as its own without owning them, and holds parameters beside them: what holds
     none, such as a compiled or sharded layer, needs no treatment of its own.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # whose parts are not modules of Python
+        return None
     if {"weight", "bias"} & {*module._parameters, *module._buffers, *module.__dict__} or not module._modules:
         return None
     weight = _shown(module, "weight")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import rewire
 
@@ -667,3 +668,84 @@ class AcrossSamples(nn.Module):
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_of_one_number_prove_nothing_where_samples_mix(seed):
     check(AcrossSamples, randn(3, 60, 5, seed=seed), lambda out: F.cross_entropy(out, labels(3)), "dfa")
+
+
+class Carries(nn.Module):
+    """A state from pass to pass in plain attributes, as truncated backpropagation through time keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.h, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.state, self.steps = None, 0
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 6) if self.state is None else self.state[0]
+        h = torch.tanh(self.i(x) + self.h(state))
+        self.state, self.steps, self.seen = (h.detach(),), self.steps + 1, x.sum().item()
+        return self.head(h * self.steps)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_kept_in_attributes(rule):
+    loss = lambda out: F.cross_entropy(out, labels(7))  # noqa: E731
+    model = rewire.convert(build(Carries), rule)
+    for _ in range(3):
+        one_pass(model, randn(7, 5), loss)
+    before, steps = model.state[0].clone(), model.steps
+    proof = rewire.verify(model, randn(7, 5), loss)
+    assert proof.ok, proof
+    assert torch.equal(model.state[0], before) and model.steps == steps
+    rewire.alignment(model, randn(7, 5), loss)
+    assert torch.equal(model.state[0], before) and model.steps == steps
+
+
+class Sorted(nn.Module):
+    """A recurrent layer over sequences of different lengths: sorted by length inside, and put back in order."""
+
+    def __init__(self, first, last):
+        super().__init__()
+        self.first, self.last = first, last
+        self.i, self.m, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.lower = nn.Linear(5, 5)
+        self.rnn = nn.LSTM(6, 6, batch_first=first)
+
+    def forward(self, x, lengths):
+        h = torch.tanh(self.i(torch.tanh(self.lower(x))))
+        packed = nn.utils.rnn.pack_padded_sequence(h, lengths, batch_first=self.first, enforce_sorted=False)
+        packed, (state, _) = self.rnn(packed)
+        if self.last:
+            return self.head(torch.tanh(self.m(state[-1])))
+        y, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=self.first)
+        return self.head(torch.tanh(self.m(y)).mean(1 if self.first else 0))
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last state", "all states"])
+@pytest.mark.parametrize("first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize("rule", RULES)
+def test_packed_sequences(rule, first, last):
+    x, lengths = randn(3, 7, 5), torch.tensor([7, 2, 4])
+    inputs = (x if first else x.transpose(0, 1).contiguous(), lengths)
+    loss = lambda out: F.cross_entropy(out, labels(3))  # noqa: E731
+    model, _ = check(lambda: Sorted(first, last), inputs, loss, rule, outputs=["head"])
+    if rule == "dfa":
+        seen = {}
+        model.i.register_forward_pre_hook(
+            lambda module, args: args[0].register_hook(lambda g: seen.update(i=g)) and None
+        )
+        one_pass(model, inputs, loss)
+        wanted = (rewire.output_error(model) @ rewire.feedback(model)["i"])[:, None].expand(3, 7, 5)
+        torch.testing.assert_close(seen["i"] if first else seen["i"].transpose(0, 1), wanted)
+
+
+def test_a_pruned_layer():
+    def make():
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+        prune.l1_unstructured(model[2], "weight", 0.5)
+        return model
+
+    for rule in RULES:
+        model = rewire.convert(build(make), rule)
+        loss = lambda out: F.cross_entropy(out, labels(7))  # noqa: E731
+        for _ in range(3):
+            one_pass(model, randn(7, 5), loss)
+        assert rewire.verify(model, randn(7, 5), loss).ok

@@ -52,3 +52,31 @@ def test_each_row_gets_its_own_samples_error(first):
         for t in range(PADDED):  # the mean of the errors that position t of 16 lies over, of 11
             low, high = t * T // PADDED, -(-(t + 1) * T // PADDED)
             torch.testing.assert_close(seen["inner"][t, i], e[i, low:high].mean(0) @ B)
+
+
+class Patches(nn.Module):
+    """Tokens of an image, permuted to (T, N, F), as detection transformers have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.middle = nn.Conv2d(5, 6, 1), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x)).flatten(2).permute(2, 0, 1)  # (16, 2, 6)
+        h = h + torch.tanh(self.inner(h))
+        return self.head(torch.tanh(self.middle(h)).mean(0))
+
+
+def test_tokens_of_an_image():
+    """Nothing else in the model shows an order, and 16 is a multiple of 2: no guess is needed, nor said."""
+    x = randn(2, 5, 4, 4)
+    model, _ = check(Patches, x, lambda out: F.cross_entropy(out, labels(2)), "dfa", outputs=["head"])
+    seen = {}
+    for name in ("inner", "middle"):
+        getattr(model, name).register_forward_pre_hook(
+            lambda module, args, name=name: args[0].register_hook(lambda g: seen.update({name: g})) and None
+        )
+    one_pass(model, x, lambda out: F.cross_entropy(out, labels(2)))
+    e, B = rewire.output_error(model), rewire.feedback(model)
+    torch.testing.assert_close(seen["middle"], (e @ B["middle"]).expand(16, 2, 6))
