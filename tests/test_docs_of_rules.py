@@ -97,7 +97,7 @@ def test_the_angles_are_those_of_the_example() -> None:
 
 
 def test_the_gap_to_backprop_is_what_was_measured() -> None:
-    """The tables of ``benchmarks/gap.py`` in docs/results.md: of runs that are kept, and showing what is asked of it."""
+    """The tables of ``benchmarks/gap.py`` in docs/results.md: of the runs that are kept, which show what is asked."""
     lines = (ROOT / "benchmarks" / "results" / "gap.jsonl").read_text().splitlines()
     errors: dict[tuple[str, str], dict[int, float]] = {}
     for run in map(json.loads, lines):

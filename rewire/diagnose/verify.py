@@ -562,8 +562,8 @@ class _Verify:
                 sees = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
                 sees = sees if dim is None else weighted(sees, axis, dim)
                 rows = self.flow.rows(self.calls[call], output)
-                sent = sees if rows is None else rows(sees)
-                added = context(call.state, number, place.x, (sent, axis), output.state.name)
+                seen = sees if rows is None else rows(sees)
+                added = context(call.state, number, place.x, (seen, axis), output.state.name)
                 if added is None:
                     return None
                 total = total + added.to(fed.dtype)

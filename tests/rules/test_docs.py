@@ -83,7 +83,7 @@ def test_a_rule_of_ones_own(registry):
 
 def test_its_page_shows_it(registry):
     text = (ROOT / "docs" / "own_rules.md").read_text()
-    code = text.split("```python")[1].split("```")[0]
+    code = next(block for block in text.split("```python")[1:] if "loudest" in block).split("```")[0]
     exec(compile(code, "own_rules.md", "exec"), {"rewire": rewire})
     model = rewire.convert(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)), "loudest(keep=3)")
     assert repr(states_of(model[0])[0].rule) == "loudest(keep=3)"
