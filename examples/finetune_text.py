@@ -47,8 +47,9 @@ METHODS = {
     "frsf": Method({"rule": "frsf"}, TRAINS),
     "dfa": Method({"rule": "dfa"}, TRAINS),
     "fitted": Method({"rule": "fitted(every=5)"}, TRAINS),
-    "fitted(context=8) per block": Method({"rule": "fitted(every=5, context=8)", "blocks": LAYERS}, TRAINS),
-    "dfa, bp in the last blocks": Method({"rule": "dfa", "layers": ABOVE}, TRAINS),
+    "fitted, per block": Method({"rule": "fitted(every=5, context=8)", "blocks": LAYERS}, TRAINS),
+    "dfa, bp on top": Method({"rule": "dfa", "layers": ABOVE}, TRAINS),
+    "fitted, bp on top": Method({"rule": "fitted(every=5)", "layers": ABOVE}, TRAINS),
 }
 Text = tuple[str, str, str]  # text, label, group
 Batch = tuple[Tensor, Tensor]  # numbers of tokens and mask, each (N, T)
@@ -171,4 +172,4 @@ if __name__ == "__main__":
     parser.add_argument("--test", type=int, default=1000, help="test texts")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--data", help="tab-separated texts, labels and groups in place of the reviews")
-    command(str(__doc__), probe, finetune, METHODS, [5e-5, 1.5e-4], "finetune_text.jsonl", parser)
+    command(str(__doc__), probe, finetune, METHODS, [3e-5, 1e-4], "finetune_text.jsonl", parser)

@@ -38,8 +38,9 @@ METHODS = {
     "frsf": Method({"rule": "frsf"}),
     "dfa": Method({"rule": "dfa"}),
     "fitted": Method({"rule": "fitted(every=5)"}),
-    "fitted per block": Method({"rule": "fitted(every=5)", "blocks": "_blocks.*"}),
-    "dfa, bp in the last blocks": Method({"rule": "dfa", "layers": ABOVE}),
+    "fitted, per block": Method({"rule": "fitted(every=5)", "blocks": "_blocks.*"}),
+    "dfa, bp on top": Method({"rule": "dfa", "layers": ABOVE}),
+    "fitted, bp on top": Method({"rule": "fitted(every=5)", "layers": ABOVE}),
 }
 
 
@@ -76,25 +77,25 @@ def images(folder: Path, half: str, which: Tensor, side: int) -> tuple[Tensor, T
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last), y
 
 
-def data(job: Job, folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def data(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels that train, images and labels that are held out."""
-    size = job.settings
+    size, folder = job.settings, job.files["data_dir"]
     trained, held = rows(job.split, size["train"], size["test"], job.seed)
     half = "t10k" if job.split == "test" else "train"
     return *images(folder, "train", trained, size["side"]), *images(folder, half, held, size["side"])
 
 
-def probe(job: Job, folder: Path = FOLDER) -> Probe:
+def probe(job: Job) -> Probe:
     """A new head on what the network makes of the images as it is."""
-    x, y, x_held, y_held = data(job, folder)
+    x, y, x_held, y_held = data(job)
     model = pretrained()
     return fit_probe(10, features(model, x), y, features(model, x_held), y_held)
 
 
-def finetune(job: Job, probe: Probe, folder: Path = FOLDER) -> dict[str, float]:
+def finetune(job: Job, probe: Probe) -> dict[str, float]:
     """One method, one seed: accuracy after fine-tuning, and what it cost."""
     epochs, method = job.settings["epochs"], METHODS[job.method]
-    x, y, x_held, y_held = data(job, folder)
+    x, y, x_held, y_held = data(job)
     torch.manual_seed(job.seed)
     model = pretrained()
     probe.start(model._fc)
@@ -119,6 +120,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--train", type=int, default=1000, help="training images")
     parser.add_argument("--test", type=int, default=1000, help="test images")
+    parser.add_argument("--data-dir", type=Path, default=FOLDER, help="Fashion-MNIST's four IDX files")
     parser.add_argument("--side", type=int, default=48, help="images are scaled to this")
     parser.add_argument("--epochs", type=int, default=1)
-    command(str(__doc__), probe, finetune, METHODS, [1e-4, 3e-4], "finetune_vision.jsonl", parser)
+    command(str(__doc__), probe, finetune, METHODS, [3e-5, 3e-4], "finetune_vision.jsonl", parser)

@@ -81,31 +81,31 @@ class Probe:
         head.load_state_dict({"weight": torch.from_numpy(self.weight), "bias": torch.from_numpy(self.bias)})
 
 
-def fit_probe(classes: int, x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor) -> Probe:
-    """Multinomial logistic regression on features x (N, F), labels y (N,).
+def fit(head: nn.Linear, decay: float, x: Tensor, y: Tensor) -> None:
+    """Multinomial logistic regression on features x (N, F), labels y (N,): mean cross-entropy + decay |W|² is least."""
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
-    Its weight decay is the one that does best on the last fifth of the training samples, which were not fitted there.
-    """
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x), y) + decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def fit_probe(classes: int, x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor) -> Probe:
+    """A linear classifier of features, whose weight decay does best on a fifth of the samples it is not fitted to."""
     head, cut = nn.Linear(x.shape[1], classes), len(x) * 4 // 5
 
-    def fit(decay: float, x: Tensor, y: Tensor) -> None:
-        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(head(x), y) + decay * head.weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-
-    def held_out(decay: float) -> float:
-        fit(decay, x[:cut], y[:cut])
+    def unfitted(decay: float) -> float:
+        fit(head, decay, x[:cut], y[:cut])
         with torch.no_grad():
             return F.cross_entropy(head(x[cut:]), y[cut:]).item()
 
-    fit(min((0.1, 0.03, 0.01, 0.003, 0.001, 0.0003), key=held_out), x, y)
+    fit(head, min((0.1, 0.03, 0.01, 0.003, 0.001, 0.0003), key=unfitted), x, y)
     with torch.no_grad():
         return Probe(head.weight.numpy(), head.bias.numpy(), accuracy(head(x_held), y_held))
 
@@ -116,13 +116,14 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is written to the file of results, beside what came out."""
+    """One run. All but ``files`` is written to the file of results, beside what came out."""
 
     method: str
     seed: int
     rate: float
     split: str  # "test" or "validation"
     settings: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
 
     def key(self) -> str:
         return json.dumps([self.method, self.seed, self.rate, self.split, self.settings], sort_keys=True)
@@ -139,7 +140,7 @@ def _alone(function: Callable[..., T], *arguments: object) -> T:
 def tabulate(title: str, results: list[dict[str, Any]]) -> Table:
     """Test accuracies, and their gain over the linear probe of the same seed: mean ± deviation over seeds."""
     out = Table(title=title)
-    for column in ("method", "rate", "test accuracy %", "over the probe", "CPU seconds", "memory MB"):
+    for column in ("method", "rate", "accuracy %", "over the probe", "CPU s", "MB"):
         out.add_column(column, justify="left" if column == "method" else "right")
     of: dict[str, list[dict[str, Any]]] = {}
     for each in results:
@@ -189,7 +190,8 @@ def command(
     from machine import machine
 
     torch.set_num_threads(1)
-    settings = {name: value for name, value in asked.items() if not isinstance(value, Path)}
+    files = {name: value for name, value in asked.items() if isinstance(value, Path)}
+    settings = {name: value for name, value in asked.items() if name not in files and value is not None}
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and not fresh else []
     fields = ("method", "seed", "rate", "split", "settings")
     done = {Job(*(line[name] for name in fields)).key(): line for line in lines}
@@ -216,10 +218,10 @@ def command(
         half = {**settings, **{name: settings[name] // 2 for name in ("train", "test")}}
         best = {name: rates[0] for name in chosen}
         for name in track(chosen if len(rates) > 1 else [], "learning rates", console=errors):
-            tried = [run(Job(name, VALIDATION, rate, "validation", half)) for rate in rates]
+            tried = [run(Job(name, VALIDATION, rate, "validation", half, files)) for rate in rates]
             best[name] = max(tried, key=lambda each: each["accuracy"])["rate"]
         # Seed by seed, so that what is there when it is interrupted can be compared.
-        jobs = [Job(name, seed, best[name], "test", settings) for seed in range(seeds) for name in chosen]
+        jobs = [Job(name, seed, best[name], "test", settings, files) for seed in range(seeds) for name in chosen]
         outcomes = [run(job) for job in track(jobs, "runs", console=errors)]
     title = ", ".join(f"{name} {value}" for name, value in settings.items())
     order = {name: place for place, name in enumerate(chosen)}
