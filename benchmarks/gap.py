@@ -19,7 +19,6 @@ Tasks:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from kept import completed
 from machine import machine
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -130,11 +129,12 @@ class Task:
     sgd: bool = False
 
 
-EACH = ("bp", "dfa", "fitted", "fitted(context=8)", "dfa per block", "fitted per block", "fitted(context=8) per block")
+LAYERS = ("bp", "dfa", "fitted", "fitted(context=8)")
+BLOCKS = ("dfa per block", "fitted per block", "fitted(context=8) per block")
 LENET = ("bp", "dfa", "fitted")
 TASKS = {
-    "transformer": Task("digits", Transformer, 10**6, 20, 32, ("*.attention", "*.mlp"), EACH),
-    "resnet": Task("fashion-mnist", resnet, 20_000, 2, 64, ("3", "4", "5", "6"), EACH[:4]),
+    "transformer": Task("digits", Transformer, 10**6, 20, 32, ("*.attention", "*.mlp"), (*LAYERS, "grape", *BLOCKS)),
+    "resnet": Task("fashion-mnist", resnet, 20_000, 2, 64, ("3", "4", "5", "6"), LAYERS),
     "lenet": Task("fashion-mnist", models.lenet, 10**6, 3, 64, (), LENET),
     "lenet-sgd": Task("fashion-mnist", models.lenet, 10**6, 3, 64, (), LENET, sgd=True),
 }
@@ -166,7 +166,7 @@ def run(name: str, written: str, seed: int, folder: Path) -> dict[str, object]:
         pairs = zip(images.x_test.split(1000), images.y_test.split(1000), strict=True)
         wrong = sum(int((model(a).argmax(1) != b).sum()) for a, b in pairs)
     error = 100 * wrong / len(images.y_test)
-    return {"task": name, "rule": written, "seed": seed, "error": error, "seconds": seconds, **machine("cpu")}
+    return {"error": error, "seconds": seconds, **machine("cpu")}
 
 
 def table(name: str, runs: list[dict[str, object]]) -> Table:
@@ -203,18 +203,18 @@ def main() -> None:
         if name not in TASKS:
             parser.error(f"no task {name!r}: {', '.join(TASKS)}")
     torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    before = RESULTS.read_text().splitlines() if RESULTS.exists() and not asked.fresh else []
-    done = {(each["task"], each["rule"], each["seed"]): each for each in map(json.loads, before)}
     console = Console()
     for name in asked.tasks or TASKS:
-        wanted = [(name, rule, seed) for rule in asked.rules or TASKS[name].rules for seed in range(asked.seeds)]
-        missing = [key for key in wanted if key not in done]
-        for key in track(missing, description=name, console=Console(stderr=True)):
-            done[key] = run(*key, asked.data_dir)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(done[key]) + "\n")
-        console.print(table(name, [done[key] for key in wanted]))
+        wanted = [
+            {"task": name, "rule": rule, "seed": seed}
+            for rule in asked.rules or TASKS[name].rules
+            for seed in range(asked.seeds)
+        ]
+
+        def one(which: dict[str, object]) -> dict[str, object]:
+            return run(str(which["task"]), str(which["rule"]), int(str(which["seed"])), asked.data_dir)
+
+        console.print(table(name, completed(RESULTS, wanted, one, fresh=asked.fresh, title=name)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """rewire: change how errors travel backwards through any PyTorch model, in one line."""
 
 from rewire import functional, structures
+from rewire.ask import feedback, mirror, output_error, scales
 from rewire.checkpoint import config, load_config, save_config
-from rewire.convert import convert, feedback, mirror, output_error, restore, scales, use_rule
+from rewire.convert import convert, restore, use_rule
 from rewire.diagnose.alignment import Alignment, alignment
 from rewire.diagnose.recorder import Recorder
 from rewire.diagnose.verify import verify

@@ -1,24 +1,30 @@
-"""``convert`` and its inverse, and what can be asked of a converted model."""
+"""``convert`` and its inverse, and another rule for a while."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from rewire import following, hosts, jvp, learned, structures
+from rewire import buffers, hosts, jvp, learned, structures
 from rewire.arguments import check_model
+from rewire.ask import states_in
 from rewire.derivative import DerivativeState, surrogate_class
-from rewire.errors import ConversionError, nearest
+from rewire.errors import ConversionError, nearest, some
 from rewire.guard import MODES, Guard
 from rewire.layers.own_forward import OwnForward
+from rewire.learnable import learner_for, shared_weights
+from rewire.roles import Role
 from rewire.rules import DirectRule, LearnedDirect, LearnedLocal, LocalRule, Rule, Schedule, resolve
+from rewire.rules.base import parts_of
+from rewire.scale import weight_scale
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
+from rewire.state import LayerState
 from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
-from rewire.wiring import LayerState, Role, Wiring, parts_of, weight_scale
+from rewire.wiring import Wiring
 
 M = TypeVar("M", bound=nn.Module)
 _LARGEST = sys.float_info.max
@@ -103,10 +109,10 @@ def convert(
         scale_of = _scales_given(choices, scale)
         states = [_state(choice, wiring, scale_of(choice)) for choice in choices]
         surrogates = _surrogates(model, {} if derivative is None else derivative, choices)
-        shared = following.shared_weights(model)
+        shared = shared_weights(model)
         for choice, state in zip(choices, states, strict=True):
             for part in parts_of(choice.rule):
-                state.learner = state.learner or following.learner_for(state, choice.module, part, shared)
+                state.learner = state.learner or learner_for(state, choice.module, part, shared)
             state.refresh()
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
@@ -151,97 +157,6 @@ def restore(model: M) -> M:
     return model
 
 
-def feedback(model: nn.Module) -> dict[str, Tensor]:
-    """The feedback actually used, by layer name.
-
-    Returns:
-        For local rules the backward weight, of the weight's shape (``brsf``: the newest draw). For direct
-        rules B, of shape ``(n, *input without batch)`` when every element has its own values and
-        ``(n, features)`` when positions share them, n being the number of outputs; known once the layer took
-        part in a backward pass. With several output layers the keys of direct rules are ``"layer@output"``.
-        Layers on ``bp``, and direct ones with nothing to hand back, are absent. Tensors are detached; changing them in
-        place changes the feedback of ``fa``, and of direct rules where all of B is kept
-        (:class:`rewire.structures.Dense`). For other structures this is the equivalent B, made for the caller.
-    """
-    found: dict[str, Tensor] = {}
-    for module, state in _states(model):
-        rule = state.rule
-        if isinstance(rule, LearnedLocal):
-            if state.learner is not None:
-                found[state.name] = state.learner.feedback(module)
-        elif isinstance(rule, LocalRule):
-            weight = state.kind.look(module) if state.used is None else state.used
-            not_run = state.std is None or (rule.uses_weight and state.used is None)
-            if weight.is_meta or (not_run and isinstance(state.kind, OwnForward)):
-                continue
-            scale = state.local_scale(weight)
-            draw = state.draws if rule.redraw else 0
-            random = state.random(rule, weight.shape, weight.dtype, weight.device, draw) if rule.random else None
-            found[state.name] = rule.backward_weight(weight, random, scale).detach()
-        elif isinstance(rule, DirectRule) and not rule.silent:
-            several = len({output for output, _ in state.shapes}) > 1
-            for (output, index), tensor in state.direct_feedbacks(module).items():
-                name = state.name if index == 0 else f"{state.name}#{index}"
-                found[f"{name}@{output}" if several else name] = tensor
-    return found
-
-
-def output_error(model: nn.Module) -> Tensor | dict[str, Tensor] | None:
-    """The global output-error buffer: e = dL/dy at the output layer in the newest pass.
-
-    Returns:
-        e, of the output's shape and dtype, detached; None before a backward has reached the output layer in
-        the newest pass. With several output layers a dict by layer name.
-    """
-    wiring = _wiring(model)
-    if len(wiring.outputs) > 1:
-        return dict(wiring.errors) or None
-    return next(iter(wiring.errors.values()), None)
-
-
-def scales(model: nn.Module) -> dict[str, float]:
-    """Standard deviation of the feedback's entries, by layer name, as far as it is known.
-
-    For ``scale="auto"`` these are the measured values; give them to ``convert(..., scale=...)`` to get the
-    same feedback again without a measuring pass, for instance when training is resumed.
-    """
-    found: dict[str, float] = {}
-    for _, state in _states(model):
-        value = state.scale if isinstance(state.rule, DirectRule) else state.std
-        if value is not None:
-            found[state.name] = value
-    return found
-
-
-def mirror(model: M, steps: int = 1000) -> dict[str, float]:
-    """Run mirror steps on all layers under ``wm``, with the weights as they are.
-
-    Each layer is given noise of its own, at one position, without bias and what follows it; no input is needed, and
-    nothing but the feedback changes: gradients, batch statistics and random state are as before. To be called by every
-    rank, or by none.
-
-    Args:
-        model: a converted model.
-        steps: number of steps; about 5 / rate of them make B forget what it was.
-
-    Returns:
-        The angle between W and B in degrees, by layer name.
-
-    Raises:
-        ConversionError: if no layer is under ``wm``, or ``steps`` is no positive whole number.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConversionError(f"steps is a whole number of at least 1, not {steps!r}")
-    found = [(m, s.learner) for m, s in _states(model) if s.learner is not None and s.learner.rule.every is not None]
-    if not found:
-        raise ConversionError(f"no layer of {type(model).__name__} is under a rule that mirrors: convert(model, 'wm')")
-    angles: dict[str, float] = {}
-    for module, learner in found:
-        learner.mirror(module, steps)
-        angles[learner.state.name] = learner.angle(module)
-    return angles
-
-
 @contextmanager
 def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     """All converted layers use ``rule`` in forwards inside the block; afterwards each has its own again.
@@ -259,7 +174,7 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
     """
     chosen = resolve(rule)
     _check_structure(chosen)
-    states = [state for _, state in _states(model)]
+    states = [state for _, state in states_in(model)]
     for state in states:
         check_rule(state.name, state.kind, chosen)
         _check_learns(state, chosen)
@@ -337,13 +252,8 @@ def _output_names(choices: list[Choice], output: str | Sequence[str] | None) -> 
     for name in asked:
         if not isinstance(name, str) or name not in known:
             hint = nearest(name, known) if isinstance(name, str) else ""
-            raise ConversionError(f"output: no layer is named {name!r}{hint}; layers: {_some(known)}")
+            raise ConversionError(f"output: no layer is named {name!r}{hint}; layers: {some([*map(repr, known)], 12)}")
     return tuple(dict.fromkeys(known[name] for name in asked))
-
-
-def _some(names: Mapping[str, Any], most: int = 12) -> str:
-    listed = [repr(name) for name in names]
-    return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
 
 
 def _scales_given(choices: list[Choice], scale: str | float | Mapping[str, float]) -> Callable[[Choice], float | None]:
@@ -373,7 +283,7 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
     if choice.part or choice.within is not None:
         state.functional = True  # given to the attention's function
     if isinstance(choice.rule, Schedule):
-        state.keep_count()
+        buffers.keep_count(state)
     state.refresh()
     return state
 
@@ -423,17 +333,3 @@ def _put_back(taken: _Taken) -> None:
     for module, cls, state, feedback in taken:
         swap_in(module, cls, state)
         learned.put_back(module, feedback)
-
-
-def _states(model: nn.Module) -> list[tuple[nn.Module, LayerState]]:
-    check_model(model, "rewire")
-    found = [(module, state) for module in model.modules() for state in states_of(module)]
-    if not found:
-        raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
-    for wiring in {id(state.wiring): state.wiring for _, state in found}.values():
-        wiring.settle_if_alone()
-    return found
-
-
-def _wiring(model: nn.Module) -> Wiring:
-    return _states(model)[0][1].wiring

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from rewire.errors import PassError
+from rewire.rules.base import DirectRule
+
+if TYPE_CHECKING:
+    from rewire.state import LayerState
 
 Groups = tuple[Any, ...]  # of process groups: one for each dimension of the mesh that data is split over
 
@@ -81,6 +87,23 @@ def sum_pairs(pairs: Sequence[tuple[float, float]], groups: Groups) -> list[tupl
         return list(pairs)
     table = sum_over_ranks(torch.tensor(pairs, dtype=torch.float64), groups)
     return [(float(a), float(b)) for a, b in table.tolist()]
+
+
+def check_ranks(state: LayerState, module: nn.Module) -> None:
+    """In first passes: whether its rule can be followed on this rank."""
+    if is_split(module):
+        raise PassError(
+            f"layer {state.label}: its weight is split over ranks (a DTensor, as tensor parallelism makes it), and "
+            f"rule {state.rule!r} knows no feedback that is split with it. Keep the layer on backprop, "
+            f"layers={{{state.name!r}: 'bp'}}, or shard it with fully_shard instead"
+        )
+    stage = stage_of_pipeline() if isinstance(state.rule, DirectRule) and not state.rule.silent else None
+    if stage is not None and stage[0] < stage[1] - 1:
+        raise PassError(
+            f"layer {state.label} is in stage {stage[0]} of a pipeline of {stage[1]}, and rule {state.rule!r} needs "
+            "the output error, which only the last stage has. Use a local rule in this stage, "
+            f"layers={{{state.name!r}: 'fa'}}, or backprop, or train without a pipeline"
+        )
 
 
 def _active() -> DistributedDataParallel | None:

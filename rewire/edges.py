@@ -30,7 +30,7 @@ from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
     from rewire.rules.base import DirectRule
-    from rewire.wiring import LayerState
+    from rewire.state import LayerState
 
 
 _graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
@@ -166,7 +166,8 @@ class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
     A ticket x Bᵀ, which :func:`rewire.run.steady_direct` makes where n is small, gets the rule's signal of e as its
-    gradient, and PyTorch's own product hands e B on to x. Such tickets come last, ``mirrored`` holds their calls.
+    gradient, and PyTorch's own product hands e B on to x. Where e B itself is small, x takes the ticket's place and
+    gets it here. Such inputs come last, in this order; ``mirrored`` and ``held`` are their calls.
 
     Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
     layer under a direct rule).
@@ -180,12 +181,14 @@ class Join(Function):
         error: OutputError | None,
         nested: bool,
         mirrored: list[Call],
+        held: list[Call],
         *tickets: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.error, ctx.nested, ctx.mirrored = state, error, nested, mirrored
+        ctx.state, ctx.error, ctx.nested, ctx.calls = state, error, nested, (*mirrored, *held)
         ctx.rules = [call.mirrored[1] for call in mirrored if call.mirrored is not None]
-        ctx.tickets = len(tickets) - len(mirrored)
+        ctx.held = [call.mirrored[1:] for call in held if call.mirrored is not None]
+        ctx.tickets = len(tickets) - len(mirrored) - len(held)
         # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
         # place is allowed or refused exactly as for y itself.
         return y.detach()
@@ -193,18 +196,19 @@ class Join(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         error: OutputError | None = ctx.error
-        mirrored: list[Tensor | None] = [None] * len(ctx.mirrored)
+        mirrored: list[Tensor | None] = [None] * len(ctx.calls)
         if error is not None and gradient is not None:
             if ctx.nested:
                 raise PassError(reentrant_message(ctx.state.label))
             if ctx.state.wiring.error_reached(ctx.state, error, gradient):
                 mirrored = [error.signal(rule) for rule in ctx.rules]
-                if ctx.mirrored and not _graph_is_kept():
-                    for call in ctx.mirrored:  # x need not outlive its own layer's backward
+                mirrored += [error.signal(rule) @ B for rule, B in ctx.held]
+                if ctx.calls and not _graph_is_kept():
+                    for call in ctx.calls:  # x need not outlive its own layer's backward
                         call.mirrored = None
                         call.tickets = []
                 error.let_go()
-        return (gradient, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
+        return (gradient, None, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
 
 
 class Project(Function):

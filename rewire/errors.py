@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class RewireError(Exception):
@@ -34,3 +34,9 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """``"; did you mean 'conv1'?"`` for the closest of ``options``, or the empty string."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def some(items: Sequence[str], most: int) -> str:
+    """The first of several, for messages, and how many there are besides."""
+    more = f", and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -13,27 +13,26 @@ are. A buffer is replaced, not changed in place: a pass hands back what its forw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.nn.utils.parametrize import is_parametrized
 
 from rewire.distributed import sum_tensors_over_ranks, unknown_to_wrapper
-from rewire.errors import ConversionError, PassError
+from rewire.errors import PassError, some
 from rewire.feedback import quick_normal, standard_normal
+from rewire.followed import Kept, apart, follow
 from rewire.layers.form import Form
-from rewire.layers.kinds import BackwardWeight, Kind
-from rewire.layers.own_forward import OwnForward
+from rewire.layers.kinds import BackwardWeight
+from rewire.learning import flat
 from rewire.passes import backward_id
-from rewire.rules.base import LearnedLocal, Rule
+from rewire.rules.base import LearnedLocal
 from rewire.structures.dense import semi_orthogonal
 
 if TYPE_CHECKING:
-    from rewire.wiring import LayerState, Wiring
+    from rewire.state import LayerState
+    from rewire.wiring import Wiring
 
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
@@ -42,43 +41,6 @@ _PASSES = "passes"  # buffer: number of passes, which decide when the next mirro
 _PATIENCE = 3  # optimizer steps that change the weight alone, before that is said
 _LONG = 300  # changes of the feedback after which it should have come nearer to the weight
 _UNMIRRORED = 100  # passes without any mirror step, before that is said
-
-
-class _Follow(Function):
-    """W, and what a rule keeps -> W; backward: W's gradient goes to W, and what the rule makes of it to the rest."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, rule: LearnedLocal, form: Form, names: tuple[str, ...], *kept: Tensor) -> Tensor:
-        return weight.detach()  # inside a Function, an alias that is no view
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.rule, ctx.form, ctx.names, *kept = inputs
-        ctx.set_materialize_grads(False)
-        read = {name: t for name, t in zip(ctx.names, kept, strict=True) if name not in ctx.rule.trained}
-        ctx.read = tuple(read)
-        ctx.save_for_backward(*read.values())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gradient is None:
-            return (None,) * (4 + len(ctx.names))
-        read = dict(zip(ctx.read, ctx.saved_tensors, strict=True))
-        with _apart(gradient.device):
-            found = ctx.rule.follow(gradient, read, ctx.form)
-        return (gradient, None, None, None, *(found.get(name) for name in ctx.names))
-
-
-_follow: Callable[..., Tensor] = _Follow.apply
-
-
-@contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    """Arithmetic that is no part of the model's: without gradients, in the dtypes it is given."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 class _Draw:
@@ -184,7 +146,7 @@ class Learner:
     def feedback(self, module: nn.Module) -> Tensor:
         """B, of the weight's shape, as the next pass will use it."""
         self.take_in(module)
-        with _apart(self._weight(module).device):
+        with apart(self._weight(module).device):
             return self.rule.feedback(self.kept(module), self.form).detach()
 
     def size(self, module: nn.Module) -> int:
@@ -270,11 +232,11 @@ class Learner:
         if not self.rule.trained or not weight.requires_grad:
             return weight
         kept = self.kept(module)
-        return _follow(weight, self.rule, self.form, tuple(kept), *kept.values())
+        return follow(weight, self.rule, self.form, tuple(kept), *kept.values())
 
     def backward(self, module: nn.Module, weight: Tensor | None) -> BackwardWeight:
         """The backward weight of one call. ``weight``: the stand-in its operation is given, if that is made already."""
-        return _Kept(self.rule, self.form, self.kept(module), weight)
+        return Kept(self.rule, self.form, self.kept(module), weight)
 
     def watch(self, module: nn.Module, y: Any, axis: int | None, index: int) -> None:
         """Look at delta, if the rule wants it.
@@ -298,8 +260,8 @@ class Learner:
         self._device = y.device
 
         def see(delta: Tensor) -> None:
-            with _apart(delta.device):
-                rows = (delta if axis == -1 else delta.movedim(axis, -1)).reshape(-1, delta.shape[axis])
+            with apart(delta.device):
+                rows = flat(delta, axis)
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                 for name, value in self.rule.gather(rows, kept, slice(first, first + rows.shape[1])).items():
                     self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -313,7 +275,7 @@ class Learner:
         """Let the rule learn what passes have shown."""
         if self._taken and not self.state.wiring.still:
             taken, self._taken = self._taken, {}
-            with _apart(self._weight(module).device):
+            with apart(self._weight(module).device):
                 self._replace(module, self.rule.learn(self.kept(module), taken))
 
     def mirror(self, module: nn.Module, steps: int = 1) -> None:
@@ -332,7 +294,7 @@ class Learner:
                     scale=1.0,
                 ).to(device=weight.device, dtype=dtype)
 
-            with _apart(weight.device):
+            with apart(weight.device):
                 self._replace(module, self.rule.mirror(weight, self.kept(module), self.form, noise))
 
     def angle(self, module: nn.Module) -> float:
@@ -371,7 +333,7 @@ class Learner:
         self._alone = 0
         self._changes += 1
         if self._changes in (1, _LONG):
-            with _apart(weight.device):
+            with apart(weight.device):
                 gap = self.rule.gap(weight, kept, self.form)
             size = None if gap is None else float(gap.double().norm())
             if self._changes == 1:
@@ -394,44 +356,6 @@ class Learner:
             self._taken[name] = self._taken[name] + value if name in self._taken else value
 
 
-class _Kept(BackwardWeight):
-    """The backward weight of one call, made of what was kept when the forward ran."""
-
-    keep = False
-    lasting = False
-
-    def __init__(self, rule: LearnedLocal, form: Form, kept: dict[str, Tensor], weight: Tensor | None) -> None:
-        self.rule, self.form, self.kept, self.weight = rule, form, kept, weight
-
-    def _made(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        with _apart(device):
-            return self.rule.feedback(self.kept, self.form).detach().to(device=device, dtype=dtype)
-
-    def later(self, weight: Tensor) -> Callable[[], Tensor]:
-        dtype, device = weight.dtype, weight.device
-        versions = [self.kept[name]._version for name in self.rule.trained]
-
-        def make() -> Tensor:
-            if [self.kept[name]._version for name in self.rule.trained] != versions:
-                raise RuntimeError(
-                    f"feedback of shape {self.form.shape} that the backward pass needs was modified by an in-place "
-                    "operation. Run backward before stepping the optimizer"
-                )
-            return self._made(dtype, device)
-
-        return make
-
-    def random(self, weight: Tensor) -> Tensor:
-        return self._made(weight.dtype, weight.device)
-
-    def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
-        assert random is not None
-        return random
-
-    def stand_in(self, weight: Tensor) -> Tensor:
-        return weight if self.weight is None else self.weight
-
-
 def step(wiring: Wiring) -> None:
     """Between two passes: what one has shown is summed over ranks, and what went wrong is said."""
     learners = [s.learner for s in wiring.layers.values() if s.learner is not None and s.learner.rule.watches]
@@ -442,8 +366,7 @@ def step(wiring: Wiring) -> None:
         for learner, tensors in zip(learners, shown, strict=True):
             learner.take([next(summed) for _ in tensors])
     for what, names in wiring.complaints.items():
-        some = ", ".join(map(repr, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        wiring.warn_once(f"learned:{what}", f"layers {some}: {_COMPLAINTS[what]}")
+        wiring.warn_once(f"learned:{what}", f"layers {some([*map(repr, names)], 6)}: {_COMPLAINTS[what]}")
     wiring.complaints = {}
 
 
@@ -455,57 +378,6 @@ _COMPLAINTS = {
     "mirror": f"under 'wm' for {_UNMIRRORED} passes without a mirror step: call rewire.mirror(model, steps=...), or "
     "convert with wm(every=1)",
 }
-
-
-# -- conversion --------------------------------------------------------------------------------------------
-
-
-def learner_for(state: LayerState, module: nn.Module, rule: Rule, shared: Mapping[int, list[str]]) -> Learner | None:
-    """The learner of a layer; None under a rule whose feedback is not of this sort.
-
-    Args:
-        shared: names of all parameters, by the parameter's identity.
-
-    Raises:
-        ConversionError: where the rule would not mean what it says.
-    """
-    if not isinstance(rule, LearnedLocal):
-        return None
-    _check(state.name, state.kind, module, rule, shared)
-    return Learner(state, rule, state.kind.form(module))
-
-
-def _check(name: str, kind: Kind, module: nn.Module, rule: LearnedLocal, shared: Mapping[int, list[str]]) -> None:
-    way_out = f"layers={{{name!r}: 'fa'}} or another rule"
-    if isinstance(kind, OwnForward):
-        raise ConversionError(
-            f"layer {name!r}: {type(module).__name__} has a forward of its own, which may make anything of its weight, "
-            f"and {rule!r} learns from the weight itself: {way_out}"
-        )
-    weight = module._parameters.get(kind.parameter)
-    if rule.trained and (weight is None or is_parametrized(module, kind.parameter)):
-        raise ConversionError(
-            f"layer {name!r}: its weight is made of other parameters (weight_norm or another parametrization), and "
-            f"{rule!r} needs one that is a Parameter of its own, which the optimizer changes: {way_out}"
-        )
-    if not kind.look(module).is_floating_point():
-        raise ConversionError(f"layer {name!r}: its weight is no floating-point tensor, as {rule!r} needs: {way_out}")
-    others = shared.get(id(weight), [])
-    if rule.trained and len(others) > 1:
-        raise ConversionError(
-            f"layer {name!r}: its weight is shared ({', '.join(others)}), so that it also gets gradients that do not "
-            f"pass this layer, and {rule!r} could not follow them: {way_out}"
-        )
-
-
-def shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the parameters, by identity: more than one where modules share it."""
-    found: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    return found
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rewire.errors import PassError
 from rewire.passes import CALL, Call, metadata
 
 if TYPE_CHECKING:
-    from rewire.wiring import LayerState
+    from rewire.state import LayerState
 
 MODES = ("warn", "skip", "raise")
 FACTOR = 1000.0  # growth that counts as an explosion

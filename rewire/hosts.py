@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_flatten
 from rewire import attention, traced, uses
 from rewire.errors import PassError
 from rewire.passes import backward_id
+from rewire.state import LayerState
 from rewire.uses import Owned
-from rewire.wiring import LayerState
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ATTRIBUTE = "_rewire_host"

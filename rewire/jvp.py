@@ -30,8 +30,10 @@ from rewire.errors import PassError
 from rewire.feedback import quick_normal
 from rewire.passes import OutputError, backward_id
 from rewire.replay import Before
-from rewire.rules.base import LearnedDirect, Rows, Rule
-from rewire.wiring import LayerState, Role, Wiring, parts_of
+from rewire.roles import Role
+from rewire.rules.base import LearnedDirect, Rows, Rule, parts_of
+from rewire.state import LayerState
+from rewire.wiring import Wiring
 
 # Not annotated in PyTorch.
 _unpack: Callable[[Tensor], Any] = forward_mode.unpack_dual
@@ -219,8 +221,11 @@ def _gather(state: LayerState, index: int, v: Tensor, output: LayerState, u: Ten
         if rows is None:
             return
         v = v.to(wide)
-        flat = learning.flat(v, state.kind.axis(v.dim()))
-        whole = any(len(needed) > 2 for (_, i), needed in state.shapes.items() if i == index)
+        axis = state.kind.axis(v.dim())
+        flat = learning.flat(v, axis)
+        whole = learning.has_values_for_elements(state, index)
+        if whole:
+            rows = learning.per_image(rows, len(v) if axis == 1 else 1)
         seen = Rows(e=rows, exact=flat, seen=None, wide=v.reshape(len(rows), -1) if whole else None)
         learning.add(state, index, rule.observe(seen, learning.joined(state, index).to(wide)))
 

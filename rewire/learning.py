@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rewire.buffers import memory_of, remember
 from rewire.distributed import Groups, sum_tensors_over_ranks
-from rewire.errors import PassError
 from rewire.feedback import standard_normal
-from rewire.rules.base import DirectRule, LearnedDirect, Rows, Rule
-from rewire.structures import Feedback
+from rewire.layer_feedback import held_B
+from rewire.rules.base import DirectRule, LearnedDirect, Rows
+from rewire.ways import find, plan
 
 if TYPE_CHECKING:
     from rewire.passes import OutputError
     from rewire.picks import Pick
-    from rewire.wiring import LayerState, Wiring
+    from rewire.state import LayerState
+    from rewire.wiring import Wiring
 
 Sums = dict[str, Tensor]
 
@@ -44,12 +46,16 @@ def look(state: LayerState, rule: DirectRule, x: Tensor) -> Tensor | None:
         return None
     with torch.no_grad():
         rows = flat(x.detach(), state.kind.axis(x.dim()))
-        return rows @ state.glance(rule.context, rows.shape[1]).to(device=rows.device, dtype=rows.dtype)
+        return rows @ glance(state, rule.context, rows.shape[1]).to(device=rows.device, dtype=rows.dtype)
 
 
-def glance(seed: int, name: str, context: int, features: int) -> Tensor:
+def glance(state: LayerState, context: int, features: int) -> Tensor:
     """P (features, context) for :func:`look`, with entries of variance 1/features."""
-    return standard_normal((features, context), seed=seed, name=f"{name}:context") / math.sqrt(features)
+    found = state.glanced
+    if found is None or found.shape != (features, context):
+        unit = standard_normal((features, context), seed=state.wiring.seed, name=f"{state.name}:context")
+        found = state.glanced = unit / math.sqrt(features)
+    return found
 
 
 def flat(t: Tensor, axis: int) -> Tensor:
@@ -83,7 +89,7 @@ def errors_as_rows(
     signal = error.signal(rule) if same else error.whole(rule)
     whole = pick.whole(shape) if pick is not None and not same else shape
     structure = state.structure(rule).routing
-    route = state.plan(rule, error, whole, signal.shape, structure)
+    route = plan(state, rule, error, whole, signal.shape, structure)
     signal = signal.to(dtype)
     if route.runs and (pick is None or same):
         return route.before(signal)
@@ -91,7 +97,7 @@ def errors_as_rows(
     axis = state.kind.axis(len(whole))
     n = signal.shape[error.axis]
     narrow = torch.Size([n if i == axis % len(whole) else size for i, size in enumerate(whole)])
-    along = state.plan(rule, error, narrow, signal.shape, "channel")
+    along = plan(state, rule, error, narrow, signal.shape, "channel")
     led = along(signal, torch.eye(n, dtype=dtype, device=signal.device))
     return flat(led if pick is None or same else pick(led), axis)
 
@@ -149,7 +155,7 @@ def find_shapes(
     for error in errors:
         if error.error is not None and error.here() and (error.state.name, index) not in state.shapes:
             whole = shape if pick is None else pick.whole(shape)
-            state.find(rule, error, index, whole, error.whole(rule).shape, dtype, device)
+            find(state, rule, error, index, whole, error.whole(rule).shape, dtype, device)
 
 
 def hand_back(
@@ -166,7 +172,7 @@ def hand_back(
     """Feedback under a rule that looked at the layer's input: e B, and what its context adds."""
     assert isinstance(rule, LearnedDirect)
     e = None
-    C = state.memory(index).get("C")
+    C = memory_of(state, index).get("C")
     if C is not None or rule.watches:
         find_shapes(state, rule, errors, index, shape, dtype, device, pick)
     if C is not None and rule.context:
@@ -178,6 +184,21 @@ def hand_back(
         return fed
     added = context_part(e, seen.to(dtype), C.to(dtype=dtype, device=device))
     return fed + unflat(added, shape, state.kind.axis(len(shape)))
+
+
+def study(
+    state: LayerState,
+    rule: DirectRule,
+    errors: list[OutputError],
+    index: int,
+    exact: Tensor,
+    pick: Pick | None,
+    seen: Tensor | None,
+) -> None:
+    """Let a rule whose feedback learns see the exact gradient of a pass."""
+    assert isinstance(rule, LearnedDirect)
+    find_shapes(state, rule, errors, index, exact.shape, exact.dtype, exact.device, pick)
+    gather(state, rule, errors, index, exact.shape, exact, pick, seen, exact.dtype)
 
 
 def gather(
@@ -203,7 +224,9 @@ def gather(
         if e is None:
             return
         axis = state.kind.axis(len(shape))
-        whole = any(len(needed) > 2 for (_, i), needed in state.shapes.items() if i == index)
+        whole = has_values_for_elements(state, index)
+        if whole:
+            e = per_image(e, shape[0] if axis == 1 else 1)
         wanted = exact if seen is None or not rule.watches else seen
         rows = Rows(
             e=e,
@@ -213,6 +236,18 @@ def gather(
         )
         sums = rule.gather(rows)
         add(state, index, {**sums, "samples": e.new_full((), len(e))})
+
+
+def has_values_for_elements(state: LayerState, index: int) -> bool:
+    """Whether B has a value for every element of an image, and not only for every channel."""
+    return any(len(needed) > 2 for (_, i), needed in state.shapes.items() if i == index)
+
+
+def per_image(e: Tensor, images: int) -> Tensor:
+    """Rows of e (N, n) as one for each of as many ``images``, which it has one for several of, or several for each."""
+    if len(e) < images:
+        return e.repeat_interleave(images // len(e), 0)
+    return e if len(e) == images else e.reshape(images, -1, e.shape[1])[:, 0]
 
 
 def add(state: LayerState, index: int, sums: Sums) -> None:
@@ -260,7 +295,7 @@ def _sum_over_ranks(learners: list[LayerState], groups: Groups) -> None:
 
 def joined(state: LayerState, index: int) -> Tensor:
     """B of one input, (n, features or elements), of all output layers side by side."""
-    held = [state.held(output, index) for output, i in state.shapes if i == index]
+    held = [held_B(state, output, index) for output, i in state.shapes if i == index]
     return torch.cat([b.flatten(1) for b in held])
 
 
@@ -272,20 +307,10 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
             "for the first steps under a gradient scaler)",
         )
         return
-    held = [state.held(output, index) for output, i in state.shapes if i == index]
+    held = [held_B(state, output, index) for output, i in state.shapes if i == index]
     B = joined(state, index).to(next(iter(sums.values())).dtype)
-    memory = state.memory(index)
+    memory = memory_of(state, index)
     made = rule.learn(B, memory, sums)
     for b, part in zip(held, torch.split(made, [len(b) for b in held]), strict=True):
         b.copy_(part.reshape(b.shape))
-    state.remember(index, memory)
-
-
-def plain(B: Tensor | Feedback, rule: Rule, label: str) -> Tensor:
-    """B, if it is a tensor that can learn."""
-    if isinstance(B, Feedback):
-        raise PassError(
-            f"layer {label}: {rule!r} learns all of B, which {type(B).__name__} does not keep: use feedback='dense', "
-            "'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
-        )
-    return B
+    remember(state, index, memory)

@@ -20,7 +20,8 @@ from rewire.rules.base import DirectRule
 from rewire.structures.base import Cache
 
 if TYPE_CHECKING:
-    from rewire.wiring import LayerState, Wiring
+    from rewire.state import LayerState
+    from rewire.wiring import Wiring
 
 Node = torch.autograd.graph.Node
 _ALWAYS = -3  # in place of the number of a backward pass
@@ -89,6 +90,7 @@ class OutputError:
             self._hidden = True
             return False
         self._arrived = now
+        self.state.called = False
         self._pending = self.ports
         self.error = gradient
         self._signals, self._whole = {}, {}
@@ -131,6 +133,39 @@ class OutputError:
         self.let_go()
 
 
+class PouredError(OutputError):
+    """e as a layer sees it whose rows were added up by index further up: at each row, that of the sample it went to.
+
+    Args:
+        entire: e itself.
+        rows: for each row of the layer's input, the row of e.
+    """
+
+    __slots__ = ("entire", "rows")
+
+    def __init__(self, entire: OutputError, rows: Pick) -> None:  # what is not set here is asked of ``entire``
+        self.entire = entire
+        self.rows = rows
+        self.state, self.axis, self.pick = entire.state, entire.axis, None
+
+    @property
+    def error(self) -> Tensor | None:  # type: ignore[override]
+        return self.entire.error
+
+    def here(self) -> bool:
+        return self.entire.here()
+
+    def signal(self, rule: DirectRule) -> Tensor:
+        self.shared = {}  # of another tensor each time
+        return self.rows(self.entire.whole(rule))
+
+    def whole(self, rule: DirectRule) -> Tensor:
+        return self.signal(rule)
+
+    def used(self) -> None:
+        self.entire.used()
+
+
 class Call:
     """One call of one layer: what the walk from an output layer needs to know about it.
 
@@ -145,7 +180,8 @@ class Call:
         pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
-        mirrored: (x, rule), if the ticket is x Bᵀ. Let go in the backward that frees the graph.
+        mirrored: (x, rule, B), if the ticket is x Bᵀ, or if there is none and the join itself hands e B to x. Let go in
+            the backward that frees the graph.
     """
 
     __slots__ = (
@@ -180,7 +216,7 @@ class Call:
         self.pick: Pick | None = None
         self.inputs: list[Tensor] = []
         self.index = 0
-        self.mirrored: tuple[Tensor, DirectRule] | None = None
+        self.mirrored: tuple[Tensor, DirectRule, Tensor] | None = None
 
 
 def metadata(node: Node) -> dict[Any, Any]:
@@ -197,6 +233,11 @@ def leave(node: Node, call: Call) -> None:
 def call_at(y: Tensor) -> Call | None:
     """The call whose output ``y`` is."""
     return None if y.grad_fn is None else metadata(y.grad_fn).get(CALL)
+
+
+def call_of(node: Node) -> Call | None:
+    """The call whose output ``node`` is of."""
+    return metadata(node).get(CALL)
 
 
 def call_sources(node: Node) -> Iterable[Node] | None:

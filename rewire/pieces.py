@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from rewire.passes import Node, OutputError
-from rewire.wiring import LayerState
+from rewire.state import LayerState
 
 END = 1 << 62  # "at the end of the pass", later than any call
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten
 from rewire.errors import RoutingError
 from rewire.routing import plan
 from rewire.rules.base import BP, DirectRule
+from rewire.state import LayerState
 from rewire.swap import states_of
-from rewire.wiring import LayerState
 
 Shapes = dict[str, dict[tuple[str, int], tuple[int, ...]]]
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rewire.errors import PassError
-from rewire.wiring import LayerState
+from rewire.state import LayerState
 
 
 class Before:

@@ -7,7 +7,7 @@ layer is, or may be, an output layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from threading import get_ident
@@ -24,13 +24,29 @@ from rewire.errors import PassError
 from rewire.exchange import exchange, exchangeable
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learning import look
-from rewire.passes import CALL, Call, Node, OutputError, backward_id, call_sources, leave, metadata, picked, upstream
+from rewire.passes import (
+    CALL,
+    Call,
+    Node,
+    OutputError,
+    PouredError,
+    backward_id,
+    call_of,
+    call_sources,
+    leave,
+    metadata,
+    picked,
+    upstream,
+)
 from rewire.picks import Pick, Unclear, pick_of
+from rewire.pours import pours_below
+from rewire.roles import Role
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.stacked import given_direct, given_local
 from rewire.stacks import stacked_below
+from rewire.state import LayerState
 from rewire.targets import current_targets
-from rewire.wiring import LayerState, Role, Wiring
+from rewire.wiring import Wiring
 
 Forward = Callable[..., Any]
 # Looked up once: these run in every call of every layer.
@@ -211,25 +227,45 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     Written out in one place because every Python function more is felt in small layers, and more so when the
     weights of large ones have swept the cache.
     """
-    if not x.requires_grad or state.wiring.unsettled or _transforming():
+    if state.wiring.unsettled or _transforming():
+        return run(state, module, forward, (x,), {})
+    if not x.requires_grad:
+        return _first(state, module, forward, x)
+    if not state.settled:
         return run(state, module, forward, (x,), {})
     node = x.grad_fn
     errors: list[OutputError] = []
     B = state.mirror
     if B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast():
-        # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours.
-        ticket = linear(x, B)
-        call = Call(state, [] if node is None else [node], [ticket], errors)
-        call.mirrored = x, state.rule  # type: ignore[assignment]
+        # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours. If e B is small it
+        # may as well be made as soon as e is known, and needs no ticket at all.
+        tickets = [] if x.numel() <= state.hold else [linear(x, B)]
+        call = Call(state, [] if node is None else [node], tickets, errors)
+        call.mirrored = x, state.rule, B  # type: ignore[assignment]
     else:
         ticket = port(x, (state, state.rule, errors, 0, None, None, None))
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     y = forward(module, x.detach())
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
+        if not call.tickets:
+            call.tickets = [linear(x, B)]  # type: ignore[arg-type]  # of a frozen layer: what ties y to the graph
         return _mark(state, call, y, joins=False) if isinstance(y, Tensor) else _mark_all(state, call, y, joins=False)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
     made.register_prehook(partial(check, call, _backward_id() != -1))  # type: ignore[union-attr]
+    return y
+
+
+def _first(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`steady_direct` where there is nothing to hand back to: the first layer of a network."""
+    y = forward(module, x)
+    if type(y) is not Tensor or not y.requires_grad:
+        return _idle(state, y)
+    if state.idle:
+        state.wake()
+    if y._is_view():
+        return finish(state, y, [], [], [], 0)
+    y.grad_fn.metadata[CALL] = Call(state, [], [], [])  # type: ignore[union-attr, index]
     return y
 
 
@@ -240,13 +276,72 @@ def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tens
     y = forward(module, x)
     if not x.requires_grad:
         return y
-    rule = state.rule
-    backward = state.local
-    if type(backward) is not _Backward or backward.rule is not rule or rule.redraw:
-        backward = _backward(state, rule)  # type: ignore[arg-type]
-    if exchange(y, backward, transposed=state.kind.transposed):
+    if exchange(y, _steady_backward(state), transposed=state.kind.transposed):
         return y
     return run(state, module, forward, (x,), {})
+
+
+def _steady_backward(state: LayerState) -> BackwardWeight:
+    """:func:`_backward` without the cases that a settled layer outside of transforms cannot be in."""
+    rule: Any = state.rule
+    made = state.local
+    return made if type(made) is _Backward and made.rule is rule and not rule.redraw else _backward(state, rule)
+
+
+def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for an output layer under a direct rule: its join hands back to its own input as well."""
+    B = state.mirror
+    fits = B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast()
+    if not fits or not x.requires_grad or state.wiring.unsettled or _transforming():
+        return run(state, module, forward, (x,), {})
+    node = x.grad_fn
+    call = Call(state, [] if node is None else [node], [], [])
+    call.mirrored = x, state.rule, B  # type: ignore[assignment]
+    y = forward(module, x.detach())
+    return _mark(state, call, y, joins=True) if isinstance(y, Tensor) else _mark_all(state, call, y, joins=True)
+
+
+def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for the only output layer of a network without direct rules.
+
+    Nobody waits for e, so nothing needs to be joined: that e is seen when it arrives is enough. With a second call
+    before that, one may be the output of the pass and the other not; the join of the second finds out.
+    """
+    wiring = state.wiring
+    if state.called or not wiring.local or not wiring.certain or wiring.unsettled or not exchangeable():
+        return run(state, module, forward, (x,), {})
+    if _backward_id() != -1:
+        return run(state, module, forward, (x,), {})
+    y = forward(module, x)
+    if type(y) is not Tensor or not y.requires_grad or y._is_view():
+        return run(state, module, forward, (x,), {})
+    if x.requires_grad and not exchange(y, _steady_backward(state), transposed=state.kind.transposed):
+        return run(state, module, forward, (x,), {})
+    state.called = True
+    wiring.errors.pop(state.name, None)  # the newest pass has no error yet
+    error = OutputError(state, state.kind.axis(y.dim()), None)
+    call = Call(state, [], [], [])
+    call.own.append(error)
+    made = y.grad_fn
+    made.metadata[CALL] = call  # type: ignore[union-attr, index]
+    made.register_prehook(partial(_arrived, error))  # type: ignore[union-attr]
+    return y
+
+
+def _arrived(error: OutputError, gradients: Sequence[Tensor | None]) -> None:
+    """Hook of the node of an output layer's output."""
+    if gradients[0] is not None:
+        error.state.wiring.error_reached(error.state, error, gradients[0])
+
+
+Steady = Callable[[LayerState, nn.Module, Forward, Tensor], Any]
+# By LayerState.steady.
+STEADY: dict[str, Steady] = {
+    "direct": steady_direct,
+    "local": steady_local,
+    "output-direct": steady_output_direct,
+    "output-local": steady_output_local,
+}
 
 
 class _Backward(BackwardWeight):
@@ -400,20 +495,31 @@ def _pick(state: LayerState, x: Tensor) -> Pick | None:
     try:
         pick = pick_of(x, picked)
     except Unclear:
-        if not isinstance(state.rule, DirectRule):
-            return None
-        state.wiring.warn_once(
-            f"rows:{state.name}",
-            f"layer {state.label}: rows of its input are picked from the batch by an index that could not be followed, "
-            "so feedback may come from other samples' errors than their own. rewire.verify shows whether it does; a "
-            f"local rule, layers={{{state.name!r}: 'fa'}}, or the module around it as a block, blocks=[...], needs "
-            "no index",
-        )
+        if isinstance(state.rule, DirectRule):
+            state.wiring.unclear.add(state.name)
         return None
     if pick is not None and not state.picks:
         state.picks = True
         state.changed()
     return pick
+
+
+def _poured(call: Call, error: OutputError) -> dict[Call, OutputError]:
+    """The error for each call below whose rows were added up by index."""
+    wiring = call.state.wiring
+    found = pours_below(call.sources, call_of, lambda lower: () if lower.state.wiring is not wiring else lower.sources)
+    poured: dict[Call, OutputError] = {}
+    for lower, rows in found.items():
+        state = lower.state
+        if lower.pick is not None or state.wiring is not wiring or not isinstance(state.rule, DirectRule):
+            continue  # rows that were picked have the place they were picked from
+        poured[lower] = PouredError(error, rows)
+        wiring.pours = True
+        wiring.unclear.discard(state.name)  # whatever they were picked from: it is known where they go
+        if not state.picks:
+            state.picks = True
+            state.changed()
+    return poured
 
 
 def _new(state: LayerState) -> bool:
@@ -437,8 +543,8 @@ def _is_call(node: Node) -> bool:
 def _refuse_picks(state: LayerState) -> None:
     if state.picks:
         raise PassError(
-            f"layer {state.label}: rows of its input are picked from the batch by an index, which a streamed pass does "
-            "not follow: use loss.backward()"
+            f"layer {state.label}: rows of its input are picked from the batch by an index, or added up by one, which "
+            "a streamed pass does not follow: use loss.backward()"
         )
 
 
@@ -455,7 +561,7 @@ def _mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     if joins:
         y = _join(state, call, y)
     elif call.tickets and not y.requires_grad:
-        y = join(y, state, None, False, [], *call.tickets)  # frozen: keeps the graph in one piece
+        y = join(y, state, None, False, [], [], *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
         # An in-place operation on a view would replace its graph node, and the call left there with it.
         y = alias(y)
@@ -480,31 +586,39 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     if state.role is Role.UNKNOWN:
         wiring.bypassed.update(direct_uses(call.sources, call_sources))
     feeders = upstream(call.sources, wiring)
+    poured = _poured(call, error) if wiring.pours or not wiring.looked else {}
     tickets: list[Tensor] = []
     mirrored: list[Tensor] = []
+    held: list[Tensor] = []
     fed: list[Call] = []
+    to_hold: list[Call] = []
     for feeder in [call, *feeders]:
-        feeder.errors.append(error)
+        arrives = poured.get(feeder, error)
+        feeder.errors.append(arrives)
+        for lower in feeder.own:
+            lower.above.append(error)
         if feeder.mirrored is not None:
-            (x, rule), ticket = feeder.mirrored, feeder.tickets[0]
-            fits = ticket.shape == y.shape and ticket.dtype is y.dtype and call.pick is None
-            if state.role is Role.OUTPUT and fits:
-                mirrored.append(ticket)
-                fed.append(feeder)
-            else:  # not the output the ticket was made for, or not with an error for each row of x
-                tickets.append(port(x, (feeder.state, rule, [error], 0, None, None, None)))
+            x, rule, B = feeder.mirrored
+            fits = y.dim() == 2 and y.dtype is B.dtype and len(x) == len(y) and len(B) == y.shape[1]
+            if state.role is Role.OUTPUT and fits and call.pick is None and arrives is error:
+                if feeder.tickets:
+                    mirrored += feeder.tickets
+                    fed.append(feeder)
+                else:
+                    held.append(x)
+                    to_hold.append(feeder)
+            else:  # not the output that B is for, or not with an error for each row of x
+                tickets.append(port(x, (feeder.state, rule, [arrives], 0, None, None, None)))
                 error.ports += 1
             continue
         tickets.extend(feeder.tickets)
         error.ports += feeder.ports
-        for lower in feeder.own:
-            lower.above.append(error)
-    if not y.requires_grad and not tickets and not mirrored:
+    if not y.requires_grad and not tickets and not mirrored and not held:
         return y
     call.own.append(error)
     call.feeders = feeders
     nested = backward_id() != -1
-    joined = join(y, state, error, nested, fed, *tickets, *mirrored)
+    joined = join(y, state, error, nested, fed, to_hold, *tickets, *mirrored, *held)
     if stream is not None:
         stream.joined(error, joined)
     return joined

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rewire.errors import ConversionError
+from rewire.layer_feedback import dense_feedback, keeps_tensors
+from rewire.roles import Role
 from rewire.rules.base import BP, DirectRule, LocalRule
 
 if TYPE_CHECKING:
-    from rewire.wiring import LayerState
+    from rewire.state import LayerState
 
 # Rules whose feedback is fixed and known before training: those of these modules, unless they draw anew.
 _FIXED = ("rewire.rules.base", "rewire.rules.direct", "rewire.rules.local")
@@ -133,16 +135,14 @@ def _local(module: nn.Module, state: LayerState, rule: LocalRule) -> Tensor:
 
 
 def _direct(module: nn.Module, state: LayerState, rule: DirectRule) -> dict[str, Tensor]:
-    from rewire.wiring import Role
-
     if rule.silent:
         return {}
     # A layer whose input needs no gradient, the first one usually, hands nothing back and is never measured.
     if state.role is Role.UNKNOWN or (state.shapes and not state.settled):
         raise ConversionError(f"layer {state.label} waits for a training pass to show its output layer and its scale")
-    if not state.keeps_tensors():
+    if not keeps_tensors(state):
         raise ConversionError(f"layer {state.label} has feedback that is no plain tensor, {state.structure()!r}")
-    return {_key(state.name, *place): B for place, B in state.direct_feedbacks(module).items()}
+    return {_key(state.name, *place): B for place, B in dense_feedback(state, module).items()}
 
 
 def _stacked(what: str, members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

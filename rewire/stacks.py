@@ -15,6 +15,7 @@ from torch import Tensor
 
 Node = torch.autograd.graph.Node
 Part = tuple[int, int]  # of how many equal parts of the rows which one
+_NONE: Part = (0, 0)
 
 
 def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]:
@@ -22,26 +23,54 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
     if x.grad_fn is None:
         return {}
     found: dict[Node, set[Part | None]] = {}
-    start: tuple[Node, int, Part | None] = (x.grad_fn, x.output_nr, None)
+    start: tuple[Node, int, Part | None, int] = (x.grad_fn, x.output_nr, None, 0)
     visited, stack = {start}, [start]
     while stack:
-        node, number, part = stack.pop()
+        node, number, part, rows = stack.pop()
         if is_call(node):
-            found.setdefault(node, set()).add(part)
+            found.setdefault(node, set()).add(part if rows == 0 else _NONE)
             continue
         taken = _taken(node, number)
         if taken is not None:
-            part = taken if part is None else (0, 0)  # a part of a part is none of ours
+            part = taken if part is None else _NONE  # a part of a part is none of ours
+        elif part is None and _puts_behind(node):
+            part = _NONE  # what lies behind one another again was not taken apart for good
+        elif part is not None:
+            rows = _rows_before(node, rows)
         for parent, place in node.next_functions:
-            if parent is not None and (step := (parent, place, part)) not in visited:
+            if parent is not None and (step := (parent, place, part, rows)) not in visited:
                 visited.add(step)
                 stack.append(step)
     stacks = {}
     for node, parts in found.items():
         count = len(parts)
-        if count > 1 and parts == {(count, i) for i in range(count)}:
+        # Each row of x is made of one of every part.
+        made: Any = node
+        shape = tuple(made._input_metadata[0].shape)
+        if count > 1 and parts == {(count, i) for i in range(count)} and shape[:1] == (count * len(x),):
             stacks[node] = count
     return stacks
+
+
+def _puts_behind(node: Any) -> bool:
+    """Whether a node's inputs lie one behind the other in its output."""
+    name = node.name()
+    if not name.startswith(("CatBackward", "StackBackward")):
+        return False
+    return _counted(node._saved_dim, len(node._input_metadata[0].shape)) == 0
+
+
+def _rows_before(node: Any, rows: int) -> int:
+    """Which dimension of a node's input is dimension ``rows`` of its output; -1 if nobody knows."""
+    name, dims = node.name(), len(node._input_metadata[0].shape)
+    if name.startswith("TBackward"):
+        return 1 - rows
+    if name.startswith("TransposeBackward"):
+        one, other = _counted(node._saved_dim0, dims), _counted(node._saved_dim1, dims)
+        return {one: other, other: one}.get(rows, rows)
+    if name.startswith("PermuteBackward"):
+        return _counted(node._saved_dims[rows], dims) if rows >= 0 else -1
+    return -1 if rows != 0 and "View" in name else rows
 
 
 def _taken(node: Any, number: int) -> Part | None:
@@ -53,7 +82,7 @@ def _taken(node: Any, number: int) -> Part | None:
         return (len(node._input_metadata), number) if node._saved_dim == 0 else None
     sizes = node._saved_self_sym_sizes
     rows = int(sizes[0]) if sizes else 0
-    if node._saved_dim not in (0, -len(sizes) % 2**64) or not rows:
+    if _counted(node._saved_dim, len(sizes)) != 0 or not rows:
         return None
     if name == "SelectBackward0":
         return rows, int(node._saved_index) % rows
@@ -68,6 +97,11 @@ def _taken(node: Any, number: int) -> Part | None:
         if int(node._saved_step) != 1:
             return None
     return (rows // size, first // size) if size and rows % size == first % size == 0 else None
+
+
+def _counted(dim: int, dims: int) -> int:
+    """A dimension as a node has it, from the front. Those counted from the back are unsigned there."""
+    return int(dim) - 2**64 + dims if int(dim) >= 2**63 else int(dim)
 
 
 _TAKES = {"SplitBackward0", "SplitWithSizesBackward0", "SliceBackward0", "SelectBackward0", "UnbindBackward0"}

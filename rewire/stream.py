@@ -8,7 +8,7 @@ again, and whenever a layer is called, its input's gradient is known, and the pi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,10 +27,13 @@ from rewire.passes import Call, OutputError, backward_id
 from rewire.pieces import Edge, Plan, SeenCall, SeenWall, Step, plan
 from rewire.preview import call as call_model
 from rewire.replay import Before
+from rewire.roles import Role
 from rewire.rules.base import DirectRule
 from rewire.run import Forward, Stream, finish, streaming
+from rewire.state import LayerState
+from rewire.stepper import Stepper, check_optimizer
 from rewire.swap import states_of
-from rewire.wiring import LayerState, Role, Wiring
+from rewire.wiring import Wiring
 
 _TWICE = "the second forward of a streamed pass"
 
@@ -92,7 +95,7 @@ def backward_streamed(
         ...     optimizer.step()
     """
     wiring = _wiring(model)
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer)
     if torch.is_inference_mode_enabled() or backward_id() != -1 or torch._C._are_functorch_transforms_active():
         raise PassError("backward_streamed makes graphs of its own: not in inference mode, a backward or torch.func")
     if wiring.unsettled:
@@ -124,7 +127,7 @@ def _ordinary(forward: Callable[[], tuple[Any, Tensor]], optimizer: Optimizer | 
     with _no_autocast():
         loss.backward()  # type: ignore[no-untyped-call]
     if optimizer is not None:
-        _Stepper(optimizer).rest()
+        Stepper(optimizer).rest()
     return loss.detach(), _detached(outputs)
 
 
@@ -142,7 +145,7 @@ def _second(
     wiring: Wiring, found: Plan, forward: Callable[[], tuple[Any, Tensor]], optimizer: Optimizer | None
 ) -> tuple[Tensor, Any]:
     """Back-propagate each piece as soon as it is complete."""
-    pieces = _Pieces(wiring, found, None if optimizer is None else _Stepper(optimizer))
+    pieces = _Pieces(wiring, found, None if optimizer is None else Stepper(optimizer))
     with _as(pieces):
         outputs, loss = forward()
     pieces.finish(loss)
@@ -253,7 +256,7 @@ class _Pieces(Stream):
 
     joins = False
 
-    def __init__(self, wiring: Wiring, found: Plan, stepper: _Stepper | None) -> None:
+    def __init__(self, wiring: Wiring, found: Plan, stepper: Stepper | None) -> None:
         self.wiring = wiring
         self._walls = found.walls
         self._steps = found.steps
@@ -353,43 +356,6 @@ class _Pieces(Stream):
             self._stepper.rest()
 
 
-class _Stepper:
-    """Applies an optimizer to some of its parameters at a time."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._group = {p: g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
-
-    def step(self, parameters: Iterable[Tensor]) -> None:
-        """Step those that have a gradient, and drop it."""
-        optimizer = self._optimizer
-        chosen: dict[int, list[Tensor]] = {}
-        for p in parameters:
-            if p in self._group and p.grad is not None:
-                chosen.setdefault(self._group[p], []).append(p)
-        if not chosen:
-            return
-        groups = optimizer.param_groups
-        everything = {g: groups[g]["params"] for g in chosen}
-        try:
-            for g, some in chosen.items():
-                groups[g]["params"] = some
-            optimizer.param_groups = [groups[g] for g in chosen]
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
-            for g, every in everything.items():
-                groups[g]["params"] = every
-        for some in chosen.values():
-            for p in some:
-                p.grad = None
-
-    def rest(self) -> None:
-        """Step all that still have a gradient."""
-        self.step(list(self._group))
-        torch.clear_autocast_cache()  # casts of parameters that have changed since
-
-
 def _wiring(model: nn.Module) -> Wiring:
     """The model's conversion, if it can be streamed."""
     check_model(model, "backward_streamed")
@@ -417,15 +383,6 @@ def _wiring(model: nn.Module) -> Wiring:
             "over the ranks before the optimizer's step"
         )
     return wiring
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if optimizer is None:
-        return
-    if not isinstance(optimizer, Optimizer):
-        raise ConversionError(f"optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConversionError("LBFGS needs all gradients at once: leave optimizer= out and step it yourself")
 
 
 def _checkpointed() -> bool:

@@ -13,10 +13,11 @@ from rewire.arguments import check_model
 from rewire.layers.registry import kind_of, why_not
 from rewire.layers.stand_in import StandIn
 from rewire.preview import Shapes, preview
+from rewire.roles import Role
 from rewire.rules.base import DirectRule, LearnedDirect, LearnedLocal, LocalRule
+from rewire.state import LayerState
 from rewire.structures import Dense, Structure
 from rewire.swap import states_of
-from rewire.wiring import LayerState, Role
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire import hosts, learned, traced
-from rewire.run import run, steady_direct, steady_local
-from rewire.wiring import LayerState
+from rewire import buffers, hosts, learned, traced
+from rewire.run import STEADY, run
+from rewire.state import LayerState
 
 # Looked up once: these run in every call of every layer.
 _grad_enabled = torch.is_grad_enabled
@@ -77,7 +77,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
         if steady and len(args) == 1 and not kwargs:
-            return (steady_direct if steady == "direct" else steady_local)(state, self, parent.forward, args[0])
+            return STEADY[steady](state, self, parent.forward, args[0])
         return run(state, self, parent.forward, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:
@@ -96,7 +96,7 @@ def _keeping(parent: Any) -> dict[str, Any]:
     def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         parent._apply(self, *args, **kwargs)  # .to(), .half(): buffers are other tensors afterwards
         for state in states_of(self):
-            state.relink(self)
+            buffers.relink(state, self)
         return self
 
     def _load_from_state_dict(self: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -104,7 +104,7 @@ def _keeping(parent: Any) -> dict[str, Any]:
         tags = [state.tag for state in states if state.saves and state.learner is None]
         learned.load(self, parent, tags, state_dict, prefix, *rest)
         for state in states:
-            state.relink(self)
+            buffers.relink(state, self)
             if state.learner is not None:
                 state.learner.loaded(self, any(key.startswith(prefix + state.tag) for key in state_dict))
 
@@ -112,7 +112,7 @@ def _keeping(parent: Any) -> dict[str, Any]:
         for state in states_of(self):
             if state.saves or state.learner is not None:
                 state.wiring.settle_if_alone()  # what the last pass has shown is a part of what was learned
-                state.count(self)
+                buffers.save(state, self)
         parent._save_to_state_dict(self, *args, **kwargs)
 
     return {

@@ -21,16 +21,19 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from rewire import ready
 from rewire.distributed import in_parallel_forward
 from rewire.edges import alias, check
 from rewire.errors import PassError
 from rewire.exchange import exchange
 from rewire.layers.kinds import BackwardWeight
 from rewire.passes import Call, OutputError, leave, metadata, upstream
+from rewire.roles import Role
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule
 from rewire.run import Forward, run
-from rewire.wiring import LayerState, Role, conversions
+from rewire.state import LayerState
+from rewire.wiring import conversions
 
 _ERRORS = "rewire.errors"
 
@@ -241,7 +244,7 @@ def prepare(key: int, unsettled: bool) -> bool:
     if wiring.unsettled:
         wiring.settle()
     if not wiring.prepared:
-        wiring.prepare()
+        ready.prepare(wiring)
     return True
 
 
@@ -276,7 +279,7 @@ def exports(training: bool) -> bool:
 def outside(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
     """A call that is a break of the graph."""
     if isinstance(state.rule, DirectRule):
-        state.wiring.part()
+        ready.part(state.wiring)
     return run(state, module, forward, args, kwargs)
 
 

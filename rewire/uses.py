@@ -27,7 +27,7 @@ from rewire.run import run
 if TYPE_CHECKING:
     from rewire.attention import Seat
     from rewire.following import Learner
-    from rewire.wiring import LayerState
+    from rewire.state import LayerState
 
 Owner = Callable[[Tensor], "Owned | None"]
 
@@ -170,7 +170,7 @@ def call(use: Use, seat: Seat | None) -> Any:
     args: tuple[Any, ...] = (x if seat is None else seat.outer(x),)
     kwargs: dict[str, Any] = {}
     kind = _UseKind(use, inner, again)
-    index = state.index_of(use.view, use.owned.tensor, use.mixes)
+    index = _index(state, use)
     if seat is not None and seat.batched:
         state.layout = LAYOUTS[0 if seat.batch_first else 1]
     if state.observer is None:
@@ -180,6 +180,20 @@ def call(use: Use, seat: Seat | None) -> Any:
     y = run(state, layer, forward, args, kwargs, kind, index)
     after(state, layer, args, kwargs, y)
     return y
+
+
+def _index(state: LayerState, use: Use) -> int:
+    """Number of the input that meets the view of the weight: 0 for all of it, else 1 + the row it begins with.
+
+    So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own, and so
+    has the other direction of a weight that is used in both (1), as a tied decoder does.
+    """
+    view, weight = use.view, use.owned.tensor
+    if view is not weight and view.numel() != weight.numel():
+        return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
+    usual = 0 if state.kind.transposed else 1
+    flat = use.mixes is not None and view.dim() == weight.dim() == 2
+    return 1 if flat and view.stride(use.mixes) != weight.stride(usual) else 0
 
 
 def _followed(use: Use, learner: Learner, plain: bool) -> Use:

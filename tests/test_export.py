@@ -9,7 +9,7 @@ from torch import nn
 
 import rewire
 from rewire.errors import PassError
-from tests.resume import Net, Sequence
+from tests.checkpoint.resume import Net, Sequence
 
 X = torch.randn(6, 1, 6, 6, generator=torch.Generator().manual_seed(3))
 

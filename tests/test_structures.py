@@ -145,7 +145,7 @@ def storages(model):
             walk(vars(thing))
 
     states = [state for m in model.modules() if (state := state_of(m)) is not None]
-    walk([(s._made, s._routes, s._last and s._last[1:], s._random, s.wiring.common) for s in states])
+    walk([(s.made, s.routes, s.last and s.last[1:], s.randoms, s.wiring.common) for s in states])
     return sum(found.values())
 
 
@@ -295,7 +295,7 @@ def test_every_structure_is_verified_and_a_wrong_one_is_found(structure, monkeyp
 
 def _made(model, x):
     model(x).square().sum().backward()
-    return [B for m in model.modules() if (s := state_of(m)) is not None for B in s._made.values()]
+    return [B for m in model.modules() if (s := state_of(m)) is not None for B in s.made.values()]
 
 
 @every

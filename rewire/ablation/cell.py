@@ -69,6 +69,8 @@ class Cell:
         else:
             positive("scale", self.scale)
         positive("seed", self.seed, zero=True)
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, got {self.seed}")
         positive("epochs", self.epochs)
         positive("batch size", self.batch_size)
         positive("learning rate", self.lr)

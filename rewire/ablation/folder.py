@@ -13,6 +13,7 @@ its cells and more; anything else is refused, so that no folder ever mixes two e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -112,8 +113,7 @@ def open_run(path: Path, grid: Grid, command: str) -> Iterator[RunFolder]:
         StorageError: it cannot be written to.
     """
     check(path, grid)
-    with files.storing(path):
-        path.mkdir(parents=True, exist_ok=True)
+    _made(path)
     with _held(path):
         run = path / RUN
         if not run.exists():
@@ -137,7 +137,10 @@ def load_grid(path: Path) -> Grid:
     Raises:
         InputError: there is no run, or it cannot be read.
     """
-    return read(_load(path).get("grid", {}), str(path / RUN))
+    grid = _load(path).get("grid", {})
+    if not isinstance(grid, dict):
+        raise InputError(f"{path / RUN} has no grid")
+    return read(grid, str(path / RUN))
 
 
 def load_results(path: Path, *, repair: bool = False) -> list[Result]:
@@ -208,6 +211,16 @@ def _extended(path: Path, theirs: Grid, ours: Grid) -> bool:
             f"or go on with it as it is, rewire ablate --resume {path}"
         )
     return there.keys() < here.keys()
+
+
+def _made(path: Path) -> None:
+    """Make the folder of a run. A place where none can be made was a wrong request; a full disk was not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise files.StorageError(f"cannot write to {path}: {error.strerror}") from error
+        raise InputError(f"cannot write to {path}: {error.strerror}") from error
 
 
 @contextmanager

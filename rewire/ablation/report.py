@@ -80,8 +80,10 @@ def table(results: Sequence[Result], metric: str = "accuracy") -> Table:
     out = Table()
     for name in ("model", "rule", *varying):
         out.add_column(name.replace("_", " "))
-    for name in (f"test {metric} %", *(["Γ"] if aligned else []), "step ÷ bp", "final loss"):
-        out.add_column(name, justify="right")
+    out.add_column(f"test {metric} %", justify="right")
+    # A narrow terminal wraps headings, not numbers, where that leaves them whole.
+    for name in (*(["Γ"] if aligned else []), "step ÷ bp", "final loss"):
+        out.add_column(name, justify="right", no_wrap=not varying)
     previous = None
     for row in found:
         if previous not in (None, row.cell.model):

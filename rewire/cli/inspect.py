@@ -50,6 +50,7 @@ def inspect(
     random; nothing is downloaded. With --verify, exit code 1 says that some layer's rule is not what happened.
     """
     positive("batch", batch)
+    positive("seed", seed, zero=True)
     chosen = _by_pattern(layers)
     example = resolve(spec).build(batch, seed)
     screen = Console() if Console().is_terminal or "COLUMNS" in os.environ else Console(width=140)

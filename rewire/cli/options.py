@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -72,7 +73,8 @@ def several(values: Sequence[Any]) -> list[Any] | None:
 
 def show(results: Sequence[Result], folder: Path, metric: str = "accuracy") -> int:
     """Print the table, and what failed; the exit code."""
-    screen = Console()
+    # A file or a pipe has no width that a table would have to fit.
+    screen = Console() if Console().is_terminal or "COLUMNS" in os.environ else Console(width=160)
     cells = [result.cell for result in results]
     screen.print(f"\n{title(cells)}", highlight=False)
     screen.print(table(results, metric))

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from rewire.diagnose import trust
 from rewire.diagnose.measure import Twin, Watched
 from rewire.diagnose.verify import close, cosine
-from rewire.diagnose.watch import Gradients, Randomness, Seen, layers_of
+from rewire.diagnose.watch import Gradients, Randomness, Seen, bare, eagerly, layers_of
 from rewire.errors import ConversionError
-from rewire.wiring import Role, root_mean_square
+from rewire.roles import Role
+from rewire.scale import root_mean_square
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ def alignment(
     first, measuring passes on the copy.
 
     Args:
-        model: a converted model, in the mode it is to be measured in.
+        model: a converted model, in the mode it is to be measured in. Of a compiled one the code that was compiled is
+            run; of a DistributedDataParallel the module inside, on this process's inputs, and other processes need
+            not take part.
         inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         loss_fn: from the model's output to a scalar loss; called once per pass. What it makes of parameters that are
             not the copy's stays out of it. Rules that read targets find them as in training: ``with
@@ -197,7 +200,8 @@ def alignment(
         read it.
 
     Raises:
-        ConversionError: if ``model`` is not converted, or ``null`` is not a number of passes.
+        ConversionError: if ``model`` is not converted, or cannot be copied (``fully_shard``); if ``null`` is not a
+            number of passes.
         PassError: what such a pass raises in training too.
 
     Example:
@@ -205,6 +209,7 @@ def alignment(
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"alignment needs a torch.nn.Module, not {type(model).__name__}")
+    model = bare(model)
     states = {name: layer.state for name, layer in layers_of(model).items()}
     if not states:
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
@@ -217,7 +222,7 @@ def alignment(
         starts = {layer.name: layer.activation_norm for layer in baseline.layers}
     random = Randomness()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), eagerly():
             return _measure(model, inputs, loss_fn, null, starts, random)
     finally:
         random.put_back()

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from rewire.buffers import memory_of
 from rewire.diagnose.watch import Layer, Randomness, Seen
 from rewire.errors import RoutingError
 from rewire.feedback import quick_normal, standard_normal
+from rewire.learning import glance
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule, Rule
 from rewire.rules.direct import DFA, SDFA, Shallow
 from rewire.rules.learned_local import KP, LDFA, PFA, WM
 from rewire.rules.local import BRSF, FA, FRSF, USF
+from rewire.state import LayerState
 from rewire.targets import current_targets
-from rewire.wiring import LayerState
 
 # -- direct rules --------------------------------------------------------------------------------------
 
@@ -106,7 +108,7 @@ def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) 
     Returns:
         A tensor of x's shape; None where the rows of e do not each belong to a run of rows of x.
     """
-    C = state.memory(index).get("C")
+    C = memory_of(state, index).get("C")
     if C is None:
         return torch.zeros_like(x)
     e, axis = sent
@@ -114,10 +116,16 @@ def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int]) 
     rows = e.movedim(axis, -1).reshape(-1, e.shape[axis]).to(C.dtype)
     seen = x.detach().movedim(features, -1)
     flat = seen.reshape(-1, seen.shape[-1]).to(C.dtype)
-    if len(flat) % len(rows) or (state.order and any(state.order)) or C.shape[0] != rows.shape[1]:
+    if len(flat) % len(rows) or C.shape[0] != rows.shape[1]:
         return None
-    c = flat @ state.glance(C.shape[1], flat.shape[1]).to(flat)
-    of = torch.arange(len(flat), device=x.device) // (len(flat) // len(rows))
+    steps_first, errors_too = state.order or (False, False)
+    at = torch.arange(len(flat), device=x.device)
+    if errors_too != steps_first and e.dim() != 2:
+        return None
+    # x is (T, N, features) and e (N, n); or one error for each run of rows.
+    run = len(flat) // len(rows)
+    of = at % len(rows) if steps_first and e.dim() == 2 else at * state.stacked // run % len(rows)
+    c = flat @ glance(state, C.shape[1], flat.shape[1]).to(flat)
     made = torch.einsum("mn,mr,nrf->mf", rows[of], c, C)
     return made.reshape(seen.shape).movedim(-1, features).to(x.dtype)
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rewire.bypass import direct_uses
 from rewire.diagnose.watch import Node, Pass, Seen
+from rewire.picks import Pick
+from rewire.pours import pours_below
 
 
 class Flow:
@@ -33,6 +35,7 @@ class Flow:
         roots = [] if root is None else [root]
         outputs: list[Seen] = []
         self._feeders: dict[Seen, set[Seen]] = {}
+        self._pours: dict[Seen, dict[Seen, Pick]] = {}
         self.only = True
         for wiring in {id(call.state.wiring): call.state.wiring for call in seen}.values():
 
@@ -42,6 +45,7 @@ class Flow:
             first = [call for call in self._upstream(roots, ends) if ends(call)]
             for call in first:
                 self._feeders[call] = set(self._upstream(call.sources))
+                self._pours[call] = pours_below(call.sources, self._at.get, lambda below: below.sources)
             found = [call for call in first if not any(call in self._feeders[o] for o in first if o is not call)]
             self.only &= len(found) == len(first)
             outputs += found
@@ -56,6 +60,10 @@ class Flow:
         """The output calls of the same conversion that ``call`` feeds, itself included."""
         wiring = call.state.wiring
         return [o for o in self.outputs if o.state.wiring is wiring and (o is call or call in self._feeders[o])]
+
+    def pour(self, call: Seen, output: Seen) -> Pick | None:
+        """Which row of the error at ``output`` belongs to each row of ``call``, where an index says so."""
+        return self._pours[output].get(call) if call.pick is None else None
 
     def _upstream(self, roots: Iterable[Node], stop: Callable[[Seen], bool] = lambda _: False) -> list[Seen]:
         found: dict[Seen, None] = {}

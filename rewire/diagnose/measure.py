@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rewire.convert import feedback, use_rule
+from rewire.ask import feedback
+from rewire.convert import use_rule
 from rewire.derivative import DerivativeState
 from rewire.diagnose.verify import weights_of
 from rewire.diagnose.watch import (
@@ -73,6 +74,8 @@ class Twin:
         self.model.zero_grad(set_to_none=True)
         self.layers = layers_of(self.model)
         self.states = {name: layer.state for name, layer in self.layers.items()}
+        for wiring in {state.wiring for state in self.states.values()}:
+            wiring.settle_if_alone()  # feedback is that of the next training step
         self._inputs, self._loss_fn, self._random = inputs, loss_fn, random
         self._buffers = Buffers(self.model)
         self._learned = [(p, p.detach().clone()) for name, p in self.model.named_parameters() if belongs_to_rule(name)]

@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rewire.errors import some
+
 if TYPE_CHECKING:
     from rewire.diagnose.alignment import LayerAlignment
 
@@ -132,8 +134,7 @@ def _say(names: dict[str, str] | list[str], what: str, most: int = 8) -> str:
     if not names:
         return ""
     shown = [(name or "(model)") + (f" ({names[name]})" if isinstance(names, dict) else "") for name in names]
-    more = f", and {len(shown) - most} more" if len(shown) > most else ""
-    return f"{what}: {', '.join(shown[:most])}{more}"
+    return f"{what}: {some(shown, most)}"
 
 
 def _finite(value: float | None) -> bool:

@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rewire.arguments import check_model
-from rewire.convert import feedback, restore
+from rewire.ask import feedback
+from rewire.convert import restore
 from rewire.diagnose.formula import Local, context, fed_back, follows, signal
 from rewire.diagnose.graph import Flow
 from rewire.diagnose.samples import Samples, weighted
@@ -38,17 +39,19 @@ from rewire.diagnose.watch import (
     Place,
     Randomness,
     Seen,
+    bare,
     copy_of,
+    eagerly,
     gradients_of,
     layers_of,
     settle,
     take_gradients,
 )
-from rewire.errors import ConversionError, RoutingError
+from rewire.errors import ConversionError, RoutingError, some
 from rewire.layers.registry import kind_of
 from rewire.learned import names as learned_names
 from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
-from rewire.wiring import LayerState
+from rewire.state import LayerState
 
 LIVE = "live"
 DEAD = "dead"
@@ -167,11 +170,12 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
         >>> print(rewire.verify(model, x, lambda out: F.cross_entropy(out, y)))
     """
     check_model(model, "verify")
+    model = bare(model)
     if not layers_of(model):
         raise ConversionError(f"{type(model).__name__} is not converted: call rewire.convert(model, ...) first")
     random = Randomness()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), eagerly():
             return _Verify(model, inputs, loss_fn, random).result()
     finally:
         random.put_back()
@@ -352,7 +356,7 @@ class _Verify:
         for name in blamed:
             self.wrong.setdefault(name, why)
         if rest:
-            named = ", ".join(sorted(rest)[:6]) + (", ..." if len(rest) > 6 else "")
+            named = some(sorted(rest), 6)
             self.problems.append(f"{named}: {why.replace('its parameters', 'these parameters')}")
         return blamed
 
@@ -530,6 +534,8 @@ class _Verify:
                     pick = None  # the same rows: e's and the input's
                 elif output.pick is not None:
                     sent = output.pick.put(sent)
+                if (rows := self.flow.pour(other, output)) is not None:
+                    sent = rows(sent)
                 shape = place.x.shape
                 whole = shape if pick is None else pick.whole(shape)
                 fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
@@ -545,7 +551,7 @@ class _Verify:
         sent = []
         for output in self.flow.downstream(self.calls[call]):
             for e in self.errors.get(output, []):
-                if e is None or output.pick is not None:
+                if e is None or output.pick is not None or self.flow.pour(self.calls[call], output) is not None:
                     return None
                 axis = output.state.kind.axis(e.dim())
                 signalled = signal(call.state.rule, e, axis)  # type: ignore[arg-type]

@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.arguments import check_loss
+from rewire.errors import ConversionError
 from rewire.passes import backward_id
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
+from rewire.state import LayerState
 from rewire.swap import states_of
-from rewire.wiring import LayerState
 
 Node = torch.autograd.graph.Node
 Gradients = dict[str, Tensor | None]
@@ -77,7 +79,35 @@ def copy_of(model: nn.Module) -> nn.Module:
         for value in tree_leaves(kept):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a module raises that is not made to be copied
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ConversionError(
+            f"this works on a copy, and {type(model).__name__} cannot be copied: {said}. Measure an unsharded model "
+            "that is converted alike and has these weights"
+        ) from error
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that change where or how it runs: compiled, DistributedDataParallel, DataParallel.
+
+    What is measured is this process's own pass. A wrapper would wait for other processes, which may not be asked.
+    """
+    while True:
+        if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled parts of a model run as they are written: a graph has no places to watch."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 class Buffers:

@@ -191,7 +191,7 @@ def _text(value: float | None, digits: int = 1, unit: str = "") -> str:
     """A number for a table cell."""
     if value is None:
         return words.MISSING
-    if value and not 1e-3 <= abs(value) < 1e5:
+    if value and unit != "°" and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.1e}{unit}"
     return f"{value:.{digits}f}{unit}"
 

@@ -16,6 +16,8 @@ _OUTCOME = {
     "id", "status", "error", "accuracy", "final_loss", "history", "alignment", "diverged",
     "step_ms", "step_ratio", "memory_mb", "seconds",
 }  # fmt: skip
+# What changes no number: how often alignment was looked at (never, under plain backprop), and where data lie.
+NEUTRAL = ("alignments", "data_dir")
 _LAYER_NUMBERS = (
     "weight_angle", "input_angle", "feedback_angle", "feedback_ratio",
     "activation_norm", "growth", "norm", "backprop_norm", "null_angle",
@@ -277,7 +279,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _key(cell: Mapping[str, Any]) -> str:
-    return json.dumps(cell, sort_keys=True, default=str)
+    return json.dumps({name: cell[name] for name in cell if name not in NEUTRAL}, sort_keys=True, default=str)
 
 
 def _text(value: Any) -> str:

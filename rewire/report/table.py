@@ -11,7 +11,7 @@ from typing import Any
 from rewire.ablation.inputs import one_of
 
 from .compare import Comparison, compare, correct
-from .runs import Collected, Moment, Outcome
+from .runs import NEUTRAL, Collected, Moment, Outcome
 
 METRICS = ("accuracy", "error")
 # What belongs to the rule rather than to the experiment.
@@ -131,7 +131,7 @@ def build(collected: Collected, *, baseline: str | None = None, metric: str = "a
         notes.append(f"No cell has the baseline {chosen}: nothing is compared")
 
     settings = [
-        {name: value for name, value in each.cell.items() if name not in ("rule", "seed", *_OPTIONS)}
+        {name: value for name, value in each.cell.items() if name not in ("rule", "seed", *_OPTIONS, *NEUTRAL)}
         for each in collected.outcomes
     ]
     varying = _varying(settings)

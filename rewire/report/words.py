@@ -16,11 +16,11 @@ def shown(spread: Spread | None, digits: int) -> str:
 
 
 def loss(spread: Spread | None) -> str:
-    """A loss may be 0.0004 or 1e30: four significant digits, each of the mean and the deviation."""
+    """A loss may be 0.0004 or 1e30: enough digits to tell losses apart, and as many of the deviation."""
     if spread is None:
         return MISSING
-    if 1e-3 <= spread.mean < 1e4:
-        return spread.text(4 if spread.mean < 1 else 3)
+    if 1e-4 <= spread.mean < 1e4:
+        return spread.text(5 if spread.mean < 1e-3 else 4 if spread.mean < 1 else 3)
     return f"{spread.mean:.2e}" + ("" if spread.deviation is None else f" ± {spread.deviation:.1e}")
 
 

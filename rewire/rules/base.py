@@ -56,6 +56,16 @@ class Schedule(Rule):
         raise NotImplementedError
 
 
+def parts_of(rule: Rule) -> tuple[Rule, ...]:
+    """The rules that a layer given ``rule`` may be under."""
+    return rule.parts() if isinstance(rule, Schedule) else (rule,)
+
+
+def whose_turn(rule: Rule, passes: int) -> Rule:
+    """The rule that a layer given ``rule`` is under in pass number ``passes``."""
+    return rule.now(passes) if isinstance(rule, Schedule) else rule
+
+
 class LocalRule(Rule):
     """Hands back the transpose of the layer's operation with a backward weight in place of ``W``.
 

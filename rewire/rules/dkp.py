@@ -48,6 +48,8 @@ class DKP(LearnedDirect):
         for name, value in {"lr": lr, "decay": decay}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ConversionError(f"dkp: {name} is a number, 0 or more, not {value!r}")
+        if not isinstance(normalise, bool):
+            raise ConversionError(f"dkp: normalise is True or False, not {normalise!r}")
         self.lr = lr
         self.decay = decay
         self.normalise = normalise

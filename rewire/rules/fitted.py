@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 
 import torch
@@ -185,7 +186,7 @@ def _check(
     right = isinstance(value, int) if whole else isinstance(value, (int, float))
     if right and not isinstance(value, bool):
         number = float(value)  # type: ignore[arg-type]
-        if (least is None or number >= least) and (most is None or number <= most):
+        if (least is None or number >= least) and number <= (sys.float_info.max if most is None else most):
             return
     kind = "an int" if whole else "a number"
     bounds = f" from {least:g}" + (f" to {most:g}" if most is not None else " on") if least is not None else ""

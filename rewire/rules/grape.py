@@ -50,8 +50,9 @@ class Grape(LearnedDirect):
     ) -> None:
         super().__init__(layout=layout, feedback=feedback)
         for name, value, least in (("every", every, 1), ("anchor", anchor, 0), ("samples", samples, 1)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
+            if value is None and name == "samples":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConversionError(f"grape: {name} is a whole number, {least} or more, not {value!r}")
         if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 <= lr <= 1:
             raise ConversionError(f"grape: lr is a number from 0 to 1, not {lr!r}")

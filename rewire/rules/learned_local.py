@@ -98,6 +98,7 @@ class LDFA(LearnedLocal):
     def __init__(self, *, rank: int = 32, rate: float = 0.1, align: bool = True) -> None:
         _number("ldfa", "rank", rank, least=1)
         _fraction("ldfa", "rate", rate)
+        _flag("ldfa", "align", align)
         self.rank = rank
         self.rate = rate
         self.align = align
@@ -148,6 +149,7 @@ class PFA(LearnedLocal):
 
     def __init__(self, *, expand: int = 10, orthogonal: bool = False) -> None:
         _number("pfa", "expand", expand, least=1)
+        _flag("pfa", "orthogonal", orthogonal)
         self.expand = expand
         self.orthogonal = orthogonal
 
@@ -175,3 +177,8 @@ def _number(rule: str, option: str, value: object, least: int) -> None:
 def _fraction(rule: str, option: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ConversionError(f"{rule}: {option} is a number above 0 and at most 1, not {value!r}")
+
+
+def _flag(rule: str, option: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConversionError(f"{rule}: {option} is True or False, not {value!r}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from rewire.errors import ConversionError, nearest
 _FORM = "a rule with options is written name(option=value, ...), as in 'dfa(layout=\"sequence_first\")'"
 
 
-def parse(text: str, rules: Container[str] = ()) -> tuple[str, dict[str, Any]]:
+def parse(text: str, rules: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
     """``name(option=value, ...)`` taken apart; options are literals, structures, torch dtypes and rules.
 
     Args:
@@ -47,7 +47,8 @@ def build(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> An
             raise ConversionError(f"rule {name!r} has no option {option!r}{nearest(option, takes)}{known}")
     missing = [option for option, default in takes.items() if default is _NEEDED and option not in options]
     if missing:
-        raise ConversionError(f"rule {name!r} needs {', '.join(missing)}, as in '{name}({missing[0]}=...)'")
+        shown = ", ".join(f"{option}=..." for option in missing)
+        raise ConversionError(f"rule {name!r} needs {', '.join(missing)}, as in '{name}({shown})'")
     return make(**options)
 
 
@@ -86,7 +87,7 @@ def _options(call: ast.Call, text: str) -> list[tuple[str, ast.expr]]:
     return found
 
 
-def _value(node: ast.expr, text: str, rules: Container[str] = ()) -> Any:
+def _value(node: ast.expr, text: str, rules: Collection[str] = ()) -> Any:
     name = node.func if isinstance(node, ast.Call) else node
     if isinstance(name, ast.Name) and name.id in rules:
         return ast.unparse(node)
@@ -102,6 +103,8 @@ def _value(node: ast.expr, text: str, rules: Container[str] = ()) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         shown = ast.unparse(node)
+        meant = nearest(name.id, rules) if isinstance(name, ast.Name) else ""
         raise ConversionError(
-            f"cannot read {shown!r} in rule {text!r}: values are numbers, strings or structures"
+            f"cannot read {shown!r} in rule {text!r}{meant}{';' if meant else ':'} values are numbers, strings in "
+            "quotes, structures or rules"
         ) from None

@@ -45,7 +45,7 @@ def find(module: str, name: str, hint: Callable[[], str] = lambda: "", gives: st
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise InputError(f"{module} cannot be imported: {error}") from error
             raise InputError(f"no source or module {module!r}{hint()}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
     factory: Any = found
     for part in name.split("."):
@@ -60,7 +60,7 @@ def find(module: str, name: str, hint: Callable[[], str] = lambda: "", gives: st
         with _current_directory():
             try:
                 return factory()
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a script's function may think that it is the whole program
                 raise InputError(f"{module}:{name}() failed: {type(error).__name__}: {error}") from error
 
     return made

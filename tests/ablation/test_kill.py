@@ -135,11 +135,12 @@ def test_a_full_disk_is_one_error_and_loses_nothing(npz: Path, tmp_path: Path, m
 # -- kill -9 on real processes -------------------------------------------------------------------------
 
 
-def command(npz: Path, folder: Path, seeds: int, epochs: int) -> list[str]:
+def command(npz: Path, folder: Path, seeds: int, epochs: int, workers: int, together: int) -> list[str]:
     return [
         *(sys.executable, "-m", "rewire", "ablate", "--model", "mlp", "--rules", "fa dfa brsf", "--seeds", str(seeds)),
         *("--data", str(npz), "--batch-size", "16", "--optimizer", "adam sgd", "--no-controls"),
-        *("--epochs", str(epochs), "--checkpoint-seconds", "0.1", "--workers", "2", "--out", str(folder)),
+        *("--epochs", str(epochs), "--checkpoint-seconds", "0.1", "--workers", str(workers), "--out", str(folder)),
+        *(("--together", str(together)) if together else ()),
     ]
 
 
@@ -178,18 +179,20 @@ def size(folder: Path) -> tuple[int, float]:
     return len(paths), sum(path.stat().st_mtime for path in paths if path.exists())
 
 
-def killed_and_undisturbed(npz: Path, tmp_path: Path, times: int, seeds: int, epochs: int) -> None:
+def killed_and_undisturbed(
+    npz: Path, tmp_path: Path, times: int, seeds: int, epochs: int, workers: int = 2, together: int = 0
+) -> None:
     """Undisturbed in this process, killed and gone on with in workers: numbers do not depend on that either."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     grid = read(
         {"model": "mlp", "rule": "fa dfa brsf", "seeds": seeds, "data": str(npz), "epochs": epochs}
-        | {"optimizer": ["adam", "sgd"], "batch_size": 16, "controls": False}
+        | {"optimizer": ["adam", "sgd"], "batch_size": 16, "controls": False, "together": together}
     )
     ablate(grid, undisturbed)
     expected = timeless(undisturbed)
     assert len(expected) == 6 * seeds
 
-    arguments = command(npz, killed, seeds, epochs)
+    arguments = command(npz, killed, seeds, epochs, workers, together)
     useful = kill_again_and_again(arguments, killed, times, random.Random(0))
     assert useful >= times / 2
     last = subprocess.run(arguments, env=os.environ | HERE, capture_output=True, text=True)
@@ -205,5 +208,6 @@ def test_kill_9(npz: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_ten_times_in_24_cells(npz: Path, tmp_path: Path) -> None:
-    killed_and_undisturbed(npz, tmp_path, times=10, seeds=4, epochs=100)
+@pytest.mark.parametrize(("workers", "together"), [(1, 0), (2, 0), (2, 4)])
+def test_kill_9_ten_times_in_24_cells(npz: Path, tmp_path: Path, workers: int, together: int) -> None:
+    killed_and_undisturbed(npz, tmp_path, times=10, seeds=4, epochs=100, workers=workers, together=together)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
+from rewire.learning import glance
 
 from ..plain import mlp, randn, seeded, weights
 
@@ -95,7 +96,7 @@ def test_training_follows_the_equations(context, cap):
     P = None
     if context:
         states = {s.name: s for s in (m._rewire for m in model.modules() if "_rewire" in m.__dict__)}
-        P = {name: s.glance(context, model.get_submodule(name).in_features).numpy() for name, s in states.items()}
+        P = {name: glance(s, context, model.get_submodule(name).in_features).numpy() for name, s in states.items()}
     by_hand = trained_by_hand(model, {}, 11, every=3, decay=0.7, ridge=0.05, cap=cap, context=P)
     B: dict[str, np.ndarray] = {}
     C: dict[str, np.ndarray] = {}
@@ -174,7 +175,7 @@ def test_fit_and_feedback_over_positions(make, context):
         F.cross_entropy(model(x), y).backward()
     name, layer = "b", model.b
     S = R = T = Q = 0
-    P = layer._rewire.glance(context, 7 if make is Tokens else 5).double().numpy() if context else None
+    P = glance(layer._rewire, context, 7 if make is Tokens else 5).double().numpy() if context else None
     for x, y in (batches[0], batches[1]):
         e, seen = exact_gradients(copy.deepcopy(plain), x, y)
         x_l, G = seen[name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
+from rewire.ablation import Cell, Result
 from rewire.errors import InputError
 from rewire.report import words
 from rewire.report.runs import read
@@ -168,3 +170,24 @@ def test_p_values_are_never_nothing(p: float | None, shown: str) -> None:
 )
 def test_losses_of_any_size(spread: Spread | None, shown: str) -> None:
     assert words.loss(spread) == shown
+
+
+def test_how_often_alignment_was_measured_and_where_data_lie_make_no_group(tmp_path: Path) -> None:
+    """Plain backprop never measures alignment, and is what the others are compared with all the same."""
+    ran = [Cell("mlp", rule, seed, alignments=5).canonical() for rule in ("bp", "dfa") for seed in range(3)]
+    results = [Result(each, "done", 0.9 + 0.01 * each.seed * (each.rule == "bp"), 0.1) for each in ran]
+    lines = [json.loads(json.dumps(result.record())) for result in results]
+    assert {each["cell"]["alignments"] for each in lines} == {0, 5}
+    lines[0]["cell"]["data_dir"] = "elsewhere"
+
+    report = made(tmp_path, *lines)
+    (group,) = report.groups
+    assert [(row.label, row.is_baseline, len(row.values)) for row in group.rows] == [("bp", True, 3), ("dfa", False, 3)]
+    assert group.rows[1].comparison is not None and group.rows[1].comparison.p is not None
+
+
+def test_the_same_cell_measured_more_often_counts_once(tmp_path: Path) -> None:
+    often = scored("fa", 0.9, 0.8)
+    seldom = [{**each, "cell": {**cell("fa", seed), "alignments": 1}} for seed, each in enumerate(often)]
+    (group,) = made(tmp_path, *often, *seldom).groups
+    assert [len(row.outcomes) for row in group.rows] == [2]

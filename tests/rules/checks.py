@@ -17,7 +17,7 @@ from torch import nn
 
 import rewire
 
-from .reference import networks
+from ..reference import networks
 
 TOL = 1e-10
 SCALE = 0.3

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import rewire
+from tests.checkpoint.resume import CASES, begin
 from tests.every_rule import EVERY
-from tests.resume import CASES, begin
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def runs(tmp_path_factory):
         for case in CASES:
             undisturbed[case] = begin(folder, case)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.resume", str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.checkpoint.resume", str(folder)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
     return folder, undisturbed
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import rewire
-from rewire import exchange, passes, run
+from rewire import exchange, handback, passes, run
 from rewire.rules.direct import DFA
 from rewire.rules.local import USF
 
-from .reference.networks import RULES
-from .rule_checks import NETS, Problem, check_pass, check_rule
+from ..reference.networks import RULES
+from .checks import NETS, Problem, check_pass, check_rule
 
 
 def local(formula, **attributes):
@@ -203,7 +203,15 @@ def test_breaking_the_rules_own_class_is_found(monkeypatch):
             check_rule(Problem("mlp"), rule)
 
 
-# The short ways that nearly every call takes: exchanged weights (local rules) and tickets x Bᵀ (direct rules).
+def other_feedback(self, name, value):
+    """For ``Call.mirrored``: (x, rule, B) with another B."""
+    if name == "mirrored" and value is not None:
+        value = (*value[:2], 2 * value[2])
+    object.__setattr__(self, name, value)
+
+
+# The short ways that nearly every call takes: exchanged weights (local rules); tickets x Bᵀ, or e B made by the join
+# itself where it is small (direct rules).
 MECHANISM = {
     "W is kept as it is": ("frsf", exchange.Exchange, "pack", lambda self, kept: kept),
     "W comes back as it is": (
@@ -215,6 +223,8 @@ MECHANISM = {
     "B is turned round": ("fa", run._Backward, "combine", lambda self, W, R: R.flip(0)),
     "the ticket is x twice Bᵀ": ("dfa", run, "linear", lambda x, B: torch.nn.functional.linear(x, 2 * B)),
     "the ticket is none": ("dfa", run, "linear", lambda x, B: torch.nn.functional.linear(x, B).detach()),
+    "the join hands back another B": ("dfa", passes.Call, "__setattr__", other_feedback),
+    "the join hands back e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),
     "the ticket gets e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),
 }
 
@@ -222,10 +232,19 @@ MECHANISM = {
 @pytest.mark.parametrize("how", MECHANISM)
 def test_breaking_the_mechanism_is_found(monkeypatch, how):
     rule, owner, name, wrong = MECHANISM[how]
+    if "the ticket" in how:
+        monkeypatch.setattr(handback, "_HELD", 0)
     check_rule(Problem("mlp"), rule)
     monkeypatch.setattr(owner, name, wrong)
     with pytest.raises((AssertionError, RuntimeError)):
         check_rule(Problem("mlp"), rule)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in ALIVE if rule in RULES])
+@pytest.mark.parametrize("held", [0, 2**19], ids=["tickets", "held"])
+def test_both_short_ways_are_right(monkeypatch, held, rule):
+    monkeypatch.setattr(handback, "_HELD", held)
+    check_rule(Problem("mlp"), rule)
 
 
 @pytest.mark.parametrize("rule", ["dfa", "sdfa"])

@@ -12,9 +12,9 @@ from torch import nn
 
 import rewire
 
-from .reference import networks
-from .reference.networks import DIRECT, LOCAL, RULES, direct_feedback
-from .rule_checks import (
+from ..reference import networks
+from ..reference.networks import DIRECT, LOCAL, RULES, direct_feedback
+from .checks import (
     DEFINED,
     NETS,
     SCALE,

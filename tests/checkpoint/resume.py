@@ -1,6 +1,6 @@
 """Training that is stopped, saved and resumed in another process.
 
-``python -m tests.resume FOLDER`` does the second half of every case in FOLDER, which a test has begun.
+``python -m tests.checkpoint.resume FOLDER`` does the second half of every case in FOLDER, which a test has begun.
 """
 
 from __future__ import annotations
@@ -116,6 +116,9 @@ CASES: dict[str, dict[str, Any]] = {
     "block": {"rule": "dfa", "model": "Sequence", "blocks": ["layer"]},
     # Fitted between the two halves, and from what was gathered before.
     "fitted-often": {"rule": "fitted(every=3)"},
+    # Redrawn feedback of a rule that is one of two, and a turn that comes in the second half.
+    "switch-later": {"rule": "switch(first='brsf', then='dfa', at=13)"},
+    "anchored-fitted": {"rule": "anchored(rule='fitted(every=4)', every=3)"},
     "experts": {"rule": "dfa", "model": "Experts"},
     "steps": {"rule": "dfa", "model": "Steps"},
     "attention-dfa": {"rule": "dfa", "model": "Sequence"},

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rewire
 
-from .plain import SCALE, cross_entropy, error, mlp, randn, rule_gradients, same, states, weights
+from ..plain import SCALE, cross_entropy, error, mlp, randn, rule_gradients, same, states, weights
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RULES = pytest.mark.parametrize("rule", ["dfa", "fa"])
 X = randn(24, 5, seed=1)
 Y = torch.arange(24) % 4

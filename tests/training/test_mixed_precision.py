@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import rewire
 
-from .rule_checks import Problem, numpy, used_feedback
+from ..rules.checks import Problem, numpy, used_feedback
 
 RULES = ("bp", "fa", "usf", "frsf", "brsf", "dfa", "sdfa", "drtp", "shallow")
 # Eight times the rounding of one number: three layers, forward and backward.

@@ -15,8 +15,9 @@ import rewire
 from rewire.rules import resolve
 from rewire.rules.schedule import Anchored, Switch
 from rewire.swap import states_of
-from tests.rule_checks import used_feedback
-from tests.test_learned_direct import LR, NumpyMLP, batches, check_weights, drawn, mlp, torch_step
+from tests.rules.checks import used_feedback
+
+from .test_direct import LR, NumpyMLP, batches, check_weights, drawn, mlp, torch_step
 
 
 def rules_now(model):

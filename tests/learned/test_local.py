@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import rewire
 from rewire.feedback import quick_normal
 
-from .reference import networks
+from ..reference import networks
 
 TOL = 1e-8
 LR, MOMENTUM, DECAY = 0.1, 0.9, 0.02
@@ -240,7 +240,7 @@ def test_what_is_kept_at_the_start(net, rule):
 def test_angles_after_training_on_digits(rule):
     from importlib.util import module_from_spec, spec_from_file_location
 
-    path = Path(__file__).parents[1] / "examples" / "weight_angles.py"
+    path = Path(__file__).parents[2] / "examples" / "weight_angles.py"
     spec = spec_from_file_location("weight_angles", path)
     example = module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -907,7 +907,7 @@ def test_two_processes(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
     arguments = [str(port), str(tmp_path)]

@@ -14,7 +14,8 @@ from torch import nn
 
 import rewire
 from rewire.errors import ConversionError
-from tests import resume
+from rewire.stacked import feedback_of
+from tests.checkpoint import resume
 from tests.every_rule import EVERY
 
 
@@ -113,6 +114,82 @@ def test_what_passes_have_shown_comes_back(case):
     assert plain(rewire.config(other)) == found
     assert any(layer["reading"] for layer in found["layers"].values()) or case not in ("steps", "block")
     assert any(layer["picks"] for layer in found["layers"].values()) == (case == "experts")
+
+
+def test_counts_and_which_layers_are_frozen_come_back():
+    model = rewire.convert(net(), "grape(every=2)")
+    model[0].requires_grad_(False)
+    for _ in range(5):
+        step(model)
+    other = rewire.load_config(net(), plain(rewire.config(model)))
+    ours, theirs = model[2]._rewire.wiring, other[2]._rewire.wiring
+    assert (ours.passes, ours.sampled, ours.probed, ours.probe_count) == (5, 0, 4, 2)
+    assert (theirs.passes, theirs.sampled, theirs.probed, theirs.probe_count) == (5, 0, 4, 2)
+    assert [m._rewire.idle for m in (other[0], other[2], other[4])] == [True, False, False]
+    assert theirs.certain
+
+
+def test_fitted_goes_on_counting_samples():
+    model = rewire.convert(net(), "fitted(probe=1000)")
+    for _ in range(5):
+        step(model)
+    other = rewire.load_config(net(), plain(rewire.config(model)))
+    assert model[2]._rewire.wiring.sampled == other[2]._rewire.wiring.sampled > 0
+    assert other[2]._rewire.exact
+
+
+def test_growth_is_since_the_start_of_the_first_run():
+    """Written by hand: how large the outputs of a fresh network are."""
+    x, y = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+    start = float(net()[0](x).detach().square().mean().sqrt())
+    model = rewire.convert(net(), "dfa")
+    for _ in range(2):
+        F.cross_entropy(model(x), y).backward()
+    with torch.no_grad():
+        model[0].weight *= 1000
+        model[0].bias *= 1000
+    F.cross_entropy(model(x), y).backward()
+    other = rewire.load_config(net(), plain(rewire.config(model)))
+    other.load_state_dict(model.state_dict())
+    F.cross_entropy(other(x), y).backward()
+    assert other[0]._rewire.start == pytest.approx(start, rel=1e-6)
+    looked_at = rewire.alignment(other, x, lambda out: F.cross_entropy(out, y), null=3)
+    growth = {layer.name: layer.growth for layer in looked_at.layers}
+    assert growth["0"] == pytest.approx(1000, rel=1e-5)
+    assert any(flag.startswith("activations have blown up") and "0 (×1" in flag for flag in looked_at.flags)
+
+
+def test_the_rule_whose_turn_it_is_needs_no_passes():
+    rule = "switch(first='brsf', then='usf', at=2)"
+    model = rewire.convert(net(), rule)
+    for _ in range(2):
+        step(model)
+    other = rewire.load_config(net(), plain(rewire.config(model)))
+    assert repr(other[2]._rewire.rule) == "usf" and other[2]._rewire.draws == 2
+    early = rewire.convert(net(), rule)
+    step(early)
+    assert repr(rewire.load_config(net(), plain(rewire.config(early)))[2]._rewire.rule) == "brsf"
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+def test_what_was_loaded_can_be_compiled(rule):
+    model = trained(rule)
+    other = rewire.load_config(net(), plain(rewire.config(model)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rewire.RewireWarning)
+        compiled = torch.compile(other, backend="aot_eager", dynamic=False)
+        for _ in range(3):
+            expected = step(model)
+            found = step(compiled)
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    torch._dynamo.reset()
+
+
+def test_what_was_loaded_can_be_stacked_before_any_pass():
+    model = trained()
+    other = rewire.load_config(net(), plain(rewire.config(model)))
+    ours, theirs = feedback_of(model), feedback_of(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(B, theirs[name]) for name, B in ours.items())
 
 
 def test_a_config_before_the_first_pass_leads_to_the_same_first_pass():
@@ -289,7 +366,7 @@ def test_feedback_changed_in_place_has_no_config(rule):
     rewire.config(model)
     key = "2" if rule != "frsf" else None
     if key is None:  # what frsf uses is made in each backward; R itself is kept inside
-        next(iter(model[2]._rewire._random.values())).mul_(2)
+        next(iter(model[2]._rewire.randoms.values())).mul_(2)
     else:
         rewire.feedback(model)[key].mul_(2)
     with pytest.raises(ConversionError, match=r"changed in place.*\n.*layer '2'"):

@@ -14,7 +14,7 @@ import rewire
 from rewire.rules.base import _registry
 from rewire.swap import states_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "rules"
 OURS = [name for name in rewire.rules() if name in _registry and _registry[name].__module__.startswith("rewire.")]
 

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
-from rewire import edges, hosts, run, swap, wiring
+from rewire import ask, edges, handback, hosts, layer_feedback, run, swap, wiring
 from rewire.feedback import standard_normal
 from rewire.passes import OutputError
 from rewire.routing import Route
 from rewire.rules.direct import DFA, SDFA
 from rewire.rules.local import FA, FRSF, USF
-from rewire.wiring import LayerState
+from rewire.state import LayerState
 
 from .test_verify import X, Y, loss_of, made, mlp, statuses
 
@@ -49,13 +49,12 @@ def every_call(monkeypatch, function):
     """Each call of each layer is ``function(plain, state, module, forward, args, kwargs)``."""
     plain = swap.run
     monkeypatch.setattr(swap, "run", lambda *call: function(plain, *call))
-    for short in ("steady_direct", "steady_local"):
-        name = getattr(swap, short)
+    for name, short in run.STEADY.items():
 
-        def steady(state, module, forward, x, name=name):
-            return function(lambda s, m, f, args, kwargs: name(s, m, f, args[0]), state, module, forward, (x,), {})
+        def steady(state, module, forward, x, short=short):
+            return function(lambda s, m, f, args, kwargs: short(s, m, f, args[0]), state, module, forward, (x,), {})
 
-        monkeypatch.setattr(swap, short, steady)
+        monkeypatch.setitem(run.STEADY, name, steady)
 
 
 # -- what is handed back -----------------------------------------------------------------------------------
@@ -91,7 +90,29 @@ def test_a_port_that_hands_back_something_else(monkeypatch, ports, model, how):
 
 
 @pytest.mark.parametrize("how", TAMPER)
+def test_a_join_that_hands_back_something_else(monkeypatch, how):
+    m = made(mlp, "dfa")
+    for _ in range(3):
+        loss_of(m(X)).backward()
+    plain, used = run.join, []
+
+    def broken(y, state, error, nested, mirrored, held, *tickets):
+        tickets = [*tickets]
+        for i, call in enumerate(held, len(tickets) - len(held)):
+            if call.state.name == "2":
+                used.append(call)
+                tickets[i] = tickets[i].clone()
+                tickets[i].register_hook(TAMPER[how])
+        return plain(y, state, error, nested, mirrored, held, *tickets)
+
+    monkeypatch.setattr(run, "join", broken)
+    check(m, "2")
+    assert used
+
+
+@pytest.mark.parametrize("how", TAMPER)
 def test_a_ticket_that_hands_back_something_else(monkeypatch, how):
+    monkeypatch.setattr(handback, "_HELD", 0)
     m = made(mlp, "dfa")
     for _ in range(3):
         loss_of(m(X)).backward()
@@ -194,7 +215,7 @@ def test_a_backward_weight_that_is_the_weight(monkeypatch, model, rule):
 
 def test_random_feedback_of_ones(monkeypatch, model):
     m = model("fa")
-    monkeypatch.setattr(wiring, "standard_normal", lambda shape, **k: torch.ones(shape))
+    monkeypatch.setattr(layer_feedback, "standard_normal", lambda shape, **k: torch.ones(shape))
     check(m, "4", "2")
 
 
@@ -225,7 +246,7 @@ def test_a_signal_that_is_not_the_rules(monkeypatch, cls, rule, signal):
 
 def test_a_probe_that_never_stops_measuring(monkeypatch, model):
     """Exact backprop for ever, because layers are never settled."""
-    monkeypatch.setattr(wiring.Wiring, "_settle_scales", lambda self: None)
+    monkeypatch.setattr(wiring, "settle_scales", lambda self: None)
     m = made(mlp, "dfa")
     for _ in range(3):
         loss_of(m(X)).backward()
@@ -234,10 +255,8 @@ def test_a_probe_that_never_stops_measuring(monkeypatch, model):
 
 def test_feedback_that_is_not_the_one_in_use(monkeypatch, model):
     m = model("dfa")
-    plain = LayerState.direct_feedbacks
-    monkeypatch.setattr(
-        LayerState, "direct_feedbacks", lambda self, module: {k: -v for k, v in plain(self, module).items()}
-    )
+    plain = ask.dense_feedback
+    monkeypatch.setattr(ask, "dense_feedback", lambda *of: {k: -v for k, v in plain(*of).items()})
     check(m, "4", "2")
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 import rewire
 
-from .reference import networks
-from .rule_checks import assert_close, parameters, used_feedback
+from ..reference import networks
+from ..rules.checks import assert_close, parameters, used_feedback
 
 BOUNDED = settings(
     max_examples=80,

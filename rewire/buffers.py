@@ -1,0 +1,110 @@
+"""Feedback of direct rules that learns, as buffers of the layer's module: what they are called, and what is in them.
+
+The layer's state has the tensors too, by the same names; whichever of the two was changed, loaded or moved, they are
+made one again.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from rewire.state import LayerState
+
+# What it is, of which input, of which output layer.
+_NAME = re.compile(r"([A-Za-z]+)(?:_(\d+))?(?:_at_(.*))?")
+
+
+def name_of(state: LayerState, what: str, index: int, output: str = "") -> str:
+    """Name of one tensor of it; every output layer but the first has feedback of its own."""
+    further = f"_at_{output.replace('.', '_')}" if output and state.wiring.outputs.index(output) > 0 else ""
+    return f"{state.tag}{what}{f'_{index}' if index else ''}{further}"
+
+
+def memory_of(state: LayerState, index: int) -> dict[str, Tensor]:
+    """What the rule keeps besides B, by name."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.learned.items():
+        parts = _NAME.fullmatch(name.removeprefix(state.tag))
+        if parts is not None and parts[1] not in ("B", "passes") and int(parts[2] or 0) == index:
+            found[parts[1]] = tensor
+    return found
+
+
+def remember(state: LayerState, index: int, memory: dict[str, Tensor]) -> None:
+    """Keep what the rule has changed, and let nobody use an older B."""
+    kept = {name_of(state, what, index): tensor for what, tensor in memory.items()}
+    kept[f"{state.tag}passes"] = _counts(state)  # kept up to date by save()
+    for name, tensor in kept.items():
+        before = state.learned.get(name)
+        if before is not None and before.shape == tensor.shape and before.dtype == tensor.dtype:
+            if before is not tensor:
+                before.copy_(tensor)
+        else:
+            state.learned[name] = tensor
+            unlink(state)
+    _drop_copies(state)
+
+
+def keep_count(state: LayerState) -> None:
+    """From now on the number of passes is saved with the module."""
+    state.learned.setdefault(f"{state.tag}passes", _counts(state))
+    unlink(state)
+
+
+def _counts(state: LayerState) -> Tensor:
+    return torch.tensor([state.wiring.passes, state.wiring.sampled])
+
+
+def save(state: LayerState, module: nn.Module) -> None:
+    """Before saving: everything is in the module, and so is the number of passes."""
+    if state.learner is not None:
+        state.learner.save(module)
+        return
+    passes = state.learned.get(f"{state.tag}passes")
+    if passes is not None:
+        passes.copy_(_counts(state))
+    link(state, module)
+
+
+def link(state: LayerState, module: nn.Module) -> None:
+    """Make what was learned a part of the module."""
+    for name, tensor in state.learned.items():
+        if module._buffers.get(name) is not tensor:
+            module.register_buffer(name, tensor)
+    state.linked = True
+
+
+def unlink(state: LayerState) -> None:
+    """There is something new to be linked by the layer's next call."""
+    state.linked = False
+    state.steady = ""
+
+
+def relink(state: LayerState, module: nn.Module) -> None:
+    """The module's tensors may be others now: moved, cast, loaded."""
+    if not state.saves or state.learner is not None:
+        return
+    found = {name: t for name, t in module._buffers.items() if name.startswith(state.tag) and t is not None}
+    if not found:
+        return
+    state.learned = found
+    passes = found.get(f"{state.tag}passes")
+    if passes is not None:
+        state.wiring.passes, state.wiring.sampled = (int(number) for number in passes)
+    if state.scale is None and any(name.startswith(f"{state.tag}B") for name in found):
+        state.scale, state.scale_note = 1.0, "learned, and loaded"
+    state.forget_routes()
+    state.turn()
+    state.refresh()
+
+
+def _drop_copies(state: LayerState) -> None:
+    """Forget copies of B in other dtypes or on other devices."""
+    ours = {id(tensor) for tensor in state.learned.values()}
+    if any(id(B) not in ours for B in state.made.values()):
+        state.forget_routes()

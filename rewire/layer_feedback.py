@@ -1,0 +1,130 @@
+"""The feedback of one layer, made from its seed and kept until copies or another device want it made again.
+
+B of a direct rule belongs to one input and one output layer, and has the shape that passes ask for; R of a local
+rule has the weight's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rewire import buffers
+from rewire.errors import PassError
+from rewire.feedback import quick_normal, standard_normal, streams
+from rewire.rules.base import LocalRule, Rule
+from rewire.structures import Feedback, Place, Structure
+
+if TYPE_CHECKING:
+    from rewire.state import LayerState
+
+
+def B_of(
+    state: LayerState,
+    structure: Structure,
+    output: str,
+    index: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | Feedback:
+    """B of a direct rule: its entries have standard deviation ``scale``, or 1 while that is not known."""
+    if state.learns:
+        name = buffers.name_of(state, "B", index, output)
+        held = state.learned.get(name)
+        if held is None or held.shape != shape:
+            wide = torch.promote_types(dtype, torch.float32)
+            made = _drawn(state, structure, output, index, shape, wide, device)
+            held = state.learned[name] = _plain(made, state.rule, state.label)
+            buffers.unlink(state)
+        return held.to(device=device, dtype=dtype)
+    return _drawn(state, structure, output, index, shape, dtype, device)
+
+
+def _drawn(
+    state: LayerState,
+    structure: Structure,
+    output: str,
+    index: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor | Feedback:
+    wiring = state.wiring
+    stream, suffix = streams(state.name, index, output, wiring.outputs)
+    scale = 1.0 if state.scale is None else state.scale
+    return structure.make(Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common))
+
+
+def _plain(B: Tensor | Feedback, rule: Rule, label: str) -> Tensor:
+    """B, if it is a tensor that can learn."""
+    if isinstance(B, Feedback):
+        raise PassError(
+            f"layer {label}: {rule!r} learns all of B, which {type(B).__name__} does not keep: use feedback='dense', "
+            "'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
+        )
+    return B
+
+
+def made_for(state: LayerState, output: str, index: int, shape: tuple[int, ...]) -> Tensor | Feedback:
+    """B for one input and output layer, as the last pass needed it; float32 on the CPU if none of this process did."""
+    dtype, device = state.kept_as.get((output, index), (torch.float32, torch.device("cpu")))
+    key = (state.structures[output, index], output, index, shape, dtype, device)
+    if key not in state.made:
+        state.made[key] = B_of(state, *key)
+    return state.made[key]
+
+
+def held_B(state: LayerState, output: str, index: int) -> Tensor:
+    """The B that learns; every other copy is made from it."""
+    name = buffers.name_of(state, "B", index, output)
+    if name not in state.learned:
+        made_for(state, output, index, state.shapes[output, index])
+    return state.learned[name]
+
+
+def dense_feedback(state: LayerState, module: nn.Module) -> dict[tuple[str, int], Tensor]:
+    """The dense B by (output layer, input), as used last; made again where a copy of the model dropped it."""
+    used: dict[tuple[str, int], Tensor | Feedback] = {}
+    for (structure, output, index, shape, *_), feedback in state.made.items():
+        place = (output, index)
+        if (structure, shape) == (state.structures.get(place), state.shapes.get(place)):
+            used[place] = feedback
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    for (output, index), shape in state.shapes.items():
+        if (output, index) not in used:
+            structure = state.structures[output, index]
+            used[output, index] = B_of(state, structure, output, index, shape, like.dtype, like.device)
+    return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
+
+
+def keeps_tensors(state: LayerState) -> bool:
+    """Whether all its direct feedback is plain tensors."""
+    return all(isinstance(made_for(state, *place, shape), Tensor) for place, shape in state.shapes.items())
+
+
+def touched(state: LayerState) -> bool:
+    """Whether somebody changed its fixed feedback in place, so that it is not what the seed gives."""
+    kept = [] if state.learns else [*state.randoms.values(), *state.made.values()]
+    return any(isinstance(B, Tensor) and not B.is_inference() and B._version > 0 for B in kept)
+
+
+def random(
+    state: LayerState, rule: LocalRule, shape: torch.Size, dtype: torch.dtype, device: torch.device, draw: int = 0
+) -> Tensor:
+    """R of a local rule: N(0, std^2), or its magnitude. Kept, unless it is a redraw."""
+    assert state.std is not None
+    if draw:
+        drawn = quick_normal(
+            shape, seed=state.wiring.seed, name=state.name, draw=draw, scale=state.std, magnitude=rule.magnitude
+        )
+        return drawn.to(device=device, dtype=dtype)
+    key = (shape, dtype, device, rule.magnitude)
+    found = state.randoms.get(key)
+    if found is None:
+        unit = standard_normal(shape, seed=state.wiring.seed, name=state.name)
+        found = ((unit.abs_() if rule.magnitude else unit) * state.std).to(device=device, dtype=dtype)
+        state.randoms = {key: found}
+    return found

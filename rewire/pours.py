@@ -1,0 +1,89 @@
+"""Rows added up by index, as a graph network pools its nodes into graphs: whose error is theirs?
+
+Many rows below become few above: ``zeros.index_add(0, graph, nodes)``. Shapes would read a multiple of N rows as
+windows, sample after sample. But the index says which sample every row went to, and it lies on the autograd graph
+between the calls above and below. A layer below such a pool is handed back, at each of its rows, the feedback of the
+sample that the row went to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from rewire.picks import Pick
+
+Node = torch.autograd.graph.Node
+C = TypeVar("C")
+
+_POURS = ("IndexAddBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexReduceBackward", "IndexPutBackward")
+_PICKS = ("IndexBackward", "IndexSelectBackward", "GatherBackward")
+
+
+def pours_below(
+    sources: Iterable[Node], call_at: Callable[[Node], C | None], sources_of: Callable[[C], Iterable[Node]]
+) -> dict[C, Pick]:
+    """The calls below ``sources`` whose rows were added up by index, with the row above that each of theirs went to.
+
+    A call that is reached in other ways too (before and after a pool, through two of them) has no single row above for
+    each of its own, and is left out, as is what rows were picked from by index in between.
+
+    Args:
+        call_at: the call whose output a node is.
+        sources_of: graph nodes of its inputs.
+    """
+    found: dict[C, list[Pick | None]] = {}
+    stack: list[tuple[Node, Pick | None]] = [(node, None) for node in sources]
+    visited: set[tuple[Node, int]] = set()
+    kept: list[Pick | None] = []  # an id is one pour's only as long as that lives
+    while stack:
+        node, pour = stack.pop()
+        if (node, id(pour)) in visited:
+            continue
+        visited.add((node, id(pour)))
+        kept.append(pour)
+        call = call_at(node)
+        if call is not None:
+            if not any(_same(pour, other) for other in found.setdefault(call, [])):
+                found[call].append(pour)
+                stack += [(source, pour) for source in sources_of(call)]
+            continue
+        parents = [parent for parent, _ in node.next_functions]
+        made = _made(node)
+        if made is not None:
+            poured = made if pour is None else made.of(pour)
+            stack += [(parent, poured) for parent in parents[1:] if parent is not None]
+            parents = parents[:1]
+        elif node.name().startswith(_PICKS):
+            pour = None
+        stack += [(parent, pour) for parent in parents if parent is not None]
+    return {call: pours[0] for call, pours in found.items() if len(pours) == 1 and pours[0] is not None}
+
+
+def _same(one: Pick | None, other: Pick | None) -> bool:
+    return one is other or (one is not None and other is not None and one.same(other))
+
+
+def _made(node: Any) -> Pick | None:
+    """Where each row of what a node adds goes, if there are fewer rows, or more, in what it is added to."""
+    name = node.name()
+    if not name.startswith(_POURS):
+        return None
+    shape = tuple(node._input_metadata[0].shape)
+    if name.startswith("IndexPutBackward"):
+        indices = node._saved_indices
+        index = indices[0] if len(indices) == 1 else None
+    elif int(node._saved_dim) % 2**64 in (0, -len(shape) % 2**64):
+        index = node._saved_index
+    else:
+        index = None
+    if index is None or index.dtype is not torch.int64:
+        return None
+    if index.dim() > 1:  # scattered: the same place for all features of a row
+        index = index.flatten(1)
+        if not torch.equal(index, index[:, :1].expand_as(index)):
+            return None
+        index = index[:, 0]
+    return Pick(shape[:1], index % shape[0]) if index.dim() == 1 and len(index) != shape[0] else None

@@ -1,0 +1,110 @@
+"""The way from an output error to a layer's input: where its rows go, and the B on the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rewire.errors import RoutingError
+from rewire.layer_feedback import B_of
+from rewire.routing import Route, route_to
+from rewire.rules.base import DirectRule
+from rewire.structures import Feedback, Structure
+
+if TYPE_CHECKING:
+    from rewire.passes import OutputError
+    from rewire.state import LayerState
+
+# How one shape of e reaches one shape of x, the feedback on the way, and the shape of its dense equivalent.
+Way = tuple[Route, Tensor | Feedback, tuple[int, ...]]
+
+
+def find(
+    state: LayerState,
+    rule: DirectRule,
+    error: OutputError,
+    index: int,
+    shape: torch.Size,
+    e_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Route, Tensor | Feedback]:
+    """The way to an input of ``shape`` and ``dtype``, looked for once; what it shows of B is noted in the state."""
+    structure = state.structure(rule)
+    key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, state.order, structure, state.stacked)
+    found = state.routes.get(key)
+    if found is None:
+        found = state.routes[key] = _route(state, rule, structure, error, index, shape, e_shape, dtype, device)
+    route, feedback, needed = found
+    state.shapes[error.state.name, index] = needed
+    state.structures[error.state.name, index] = structure
+    state.kept_as[error.state.name, index] = dtype, device
+    return route, feedback
+
+
+def plan(
+    state: LayerState, rule: DirectRule, error: OutputError, shape: torch.Size, e_shape: torch.Size, structure: str
+) -> Route:
+    """The way from a signal of ``e_shape`` to an input of ``shape``."""
+    above = error.state.rule
+    return route_to(
+        tuple(shape),
+        state.kind.axis(len(shape)),
+        tuple(e_shape),
+        error.axis,
+        structure=structure,
+        layout=rule.layout,
+        e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
+        seen=state.order,
+        stacked=state.stacked,
+        hint=state.layout,
+    )
+
+
+def _route(
+    state: LayerState,
+    rule: DirectRule,
+    structure: Structure,
+    error: OutputError,
+    index: int,
+    shape: torch.Size,
+    e_shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Way:
+    wiring = state.wiring
+    try:
+        route = plan(state, rule, error, shape, e_shape, structure.routing)
+    except RoutingError as problem:
+        raise RoutingError(
+            f"layer {state.label} (output layer {error.state.label}): {problem}. Keep the layer on backprop or a "
+            f"local rule, layers={{{state.name!r}: 'bp'}}, or feed back a larger unit that has the batch in "
+            "front, blocks=[...]"
+        ) from None
+    if route.reading is not None:
+        state.reading = route.reading
+        wiring.readings.add(route.reading)
+        for other in wiring.layers.values():  # what one layer shows may decide what another's shapes mean
+            other.last = None
+    if route.ambiguous is not None:
+        make = f"{type(rule).__name__}(layout='sequence_first')"
+        wiring.warn_once(
+            f"layout:{state.name}",
+            f"layer {state.label}: its input of shape {tuple(shape)}, for an output error of shape "
+            f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
+            f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; or keep the layer "
+            f"on backprop, layers={{{state.name!r}: 'bp'}}",
+        )
+    needed = route.feedback_shape
+    # All shapes of x that need the same B share it: a short last batch, another sequence length.
+    key = (structure, error.state.name, index, needed, dtype, device)
+    feedback = state.made.get(key)
+    if feedback is None:
+        feedback = state.made[key] = B_of(state, *key)
+    if isinstance(feedback, Feedback) and feedback.width != needed[0]:
+        features = error.axis % len(e_shape)
+        e_shape = torch.Size([*e_shape[:features], feedback.width, *e_shape[features + 1 :]])
+        route = plan(state, rule, error, shape, e_shape, structure.routing)
+    return route, feedback, needed
