@@ -300,7 +300,7 @@ def joined(state: LayerState, index: int) -> Tensor:
 
 
 def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> None:
-    if not all(bool(value.isfinite().all()) for value in sums.values()):
+    if not all(map(_finite, sums.values())):
         state.wiring.warn_once(
             f"learn:{state.name}",
             f"layer {state.label}: a pass from which its feedback was to learn is not finite, and is left out (usual "
@@ -314,3 +314,8 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
     for b, part in zip(held, torch.split(made, [len(b) for b in held]), strict=True):
         b.copy_(part.reshape(b.shape))
     remember(state, index, memory)
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether all entries are. A sum that is finite says so by itself; one that is not may have run over."""
+    return math.isfinite(float(value.sum())) or bool(value.isfinite().all())

@@ -139,7 +139,7 @@ class Fitted(LearnedDirect):
         if "T" in memory:
             both = torch.linalg.solve(self._ridged(memory["T"]), memory["Q"]).reshape(len(B), -1, memory["Q"].shape[1])
             parts += [both] if parts else [both[:, 0], both[:, 1:]]
-        norm = torch.stack([part.norm() for part in parts]).norm()
+        norm = parts[0].norm() if len(parts) == 1 else torch.stack([part.norm() for part in parts]).norm()
         first = memory.setdefault("first", norm)
         # max() keeps a fit of zeros from being divided by; where there is nothing to cap the factor is one.
         factor = torch.clamp(self.cap * first / norm.clamp_min(torch.finfo(norm.dtype).tiny), max=1)
@@ -153,7 +153,9 @@ class Fitted(LearnedDirect):
         """Normal equations that can be solved: an error of a softmax sums to zero, so EᵀE alone is singular."""
         diagonal = S.diagonal()
         floor = diagonal.mean() * 1e-2 * self.ridge + torch.finfo(S.dtype).tiny
-        return S + torch.diag(diagonal * self.ridge + floor)
+        ridged = S.clone()
+        ridged.diagonal().add_(diagonal * self.ridge + floor)
+        return ridged
 
 
 def _normal_equations(e: Tensor, c: Tensor, G: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,17 +67,19 @@ def written(name: str, rule: object) -> str:
 _NEEDED = object()
 
 
-def parameters(make: Callable[..., Any]) -> dict[str, Any]:
+@cache  # a signature takes long to find, and rules that change in training are written again and again
+def parameters(make: Callable[..., Any]) -> Mapping[str, Any]:
     """Options that ``make`` takes by name, with their default values."""
     try:
         signature = inspect.signature(make)
     except ValueError:
-        return {}
-    return {
+        return MappingProxyType({})
+    options = {
         name: _NEEDED if parameter.default is parameter.empty else parameter.default
         for name, parameter in signature.parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+    return MappingProxyType(options)
 
 
 def _options(call: ast.Call, text: str) -> list[tuple[str, ast.expr]]:
