@@ -23,7 +23,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
-from finetuning import Job, Method, Probe, accuracy, command, fit_probe, measured
+from finetuning import Job, Method, Probe, accuracy, command, fit_probe, measured, weights_now
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,18 +38,16 @@ LAST = ("head.*", "encoder.encoder.layer.5.*")
 LAYERS = ("encoder.encoder.layer.*",)
 # Word vectors are half of all parameters, and most have no gradient in so few steps.
 TRAINS = ("head.*", *LAYERS)
-ABOVE = {"encoder.encoder.layer.4.*": "bp", "encoder.encoder.layer.5.*": "bp", "head": "bp"}
 METHODS = {
     "bp": Method(trains=TRAINS),
     "bp, last block": Method(trains=LAST),
     "shallow": Method({"rule": "shallow"}, TRAINS),
     "fa": Method({"rule": "fa"}, TRAINS),
-    "frsf": Method({"rule": "frsf"}, TRAINS),
+    "fa, B = pretrained W": Method({"rule": "fa", "layers": weights_now}, TRAINS),
+    "usf": Method({"rule": "usf"}, TRAINS),
     "dfa": Method({"rule": "dfa"}, TRAINS),
     "fitted": Method({"rule": "fitted(every=5)"}, TRAINS),
     "fitted, per block": Method({"rule": "fitted(every=5, context=8)", "blocks": LAYERS}, TRAINS),
-    "dfa, bp on top": Method({"rule": "dfa", "layers": ABOVE}, TRAINS),
-    "fitted, bp on top": Method({"rule": "fitted(every=5)", "layers": ABOVE}, TRAINS),
 }
 Text = tuple[str, str, str]  # text, label, group
 Batch = tuple[Tensor, Tensor]  # numbers of tokens and mask, each (N, T)
@@ -172,4 +170,4 @@ if __name__ == "__main__":
     parser.add_argument("--test", type=int, default=1000, help="test texts")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--data", help="tab-separated texts, labels and groups in place of the reviews")
-    command(str(__doc__), probe, finetune, METHODS, [3e-5, 1e-4], "finetune_text.jsonl", parser)
+    command(str(__doc__), probe, finetune, METHODS, [3e-5, 1e-4, 3e-4], "finetune_text.jsonl", parser)

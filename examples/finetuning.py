@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import rewire
 from rewire.ablation.memory import peak_mb, reset_peak
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -50,6 +51,24 @@ class Method:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in self.trains))
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class Given(rewire.LocalRule):
+    """``B^T delta`` with a fixed B that is given, of the weight's shape: `fa` with feedback that is not random."""
+
+    random = False
+    uses_weight = False
+
+    def __init__(self, B: Tensor) -> None:
+        self._B = B
+
+    def backward_weight(self, weight: Tensor | None, random: Tensor | None, scale: float) -> Tensor:
+        return self._B
+
+
+def weights_now(name: str, layer: nn.Module) -> Given:
+    """For ``layers=``: each layer's feedback is its weight as it is now, and stays so while the weight is trained."""
+    return Given(layer.get_parameter("weight").detach().clone())
 
 
 @dataclass

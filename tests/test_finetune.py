@@ -87,10 +87,10 @@ def test_every_method_trains_what_it_says_and_nothing_else(name):
 @pytest.mark.parametrize(
     ("name", "written"),
     [
-        ("finetune_vision", "fa"),
+        ("finetune_vision", "fa, B = pretrained W"),
         ("finetune_vision", "fitted, per block"),
-        ("finetune_text", "frsf"),
-        ("finetune_text", "dfa, bp on top"),
+        ("finetune_text", "fa, B = pretrained W"),
+        ("finetune_text", "dfa"),
     ],
 )
 def test_verify_finds_every_rule_live(name, written):
@@ -162,6 +162,23 @@ def test_the_probe_is_logistic_regression():
     assert probe.accuracy == pytest.approx(100 * (started(x[:50]).argmax(1) == y[:50]).float().mean().item())
 
 
+def test_weights_as_they_were_are_the_feedback_while_the_weights_move():
+    module, of = example("finetuning"), torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    old = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    rewire.convert(model, "fa", layers=module.weights_now)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=of, dtype=parameter.dtype))
+    x = torch.randn(5, 3, generator=of, dtype=torch.float64, requires_grad=True)
+    y = model(x)
+    y.square().sum().backward()
+    h = torch.tanh(x @ model[0].weight.T + model[0].bias)
+    delta = 2 * y @ old[1] * (1 - h * h)  # the old weight, and the derivative where the new ones are
+    torch.testing.assert_close(model[0].weight.grad, delta.T @ x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, delta @ old[0], rtol=1e-12, atol=1e-12)
+
+
 def shown(table):
     console = Console(width=200)
     with console.capture() as capture:
@@ -189,7 +206,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     file = tmp_path / "results.jsonl"
     words = [sys.executable, str(EXAMPLES / "finetune_text.py"), "--train", "8", "--test", "8", "--seeds", "1"]
     words += ["--rates", "1e-4", "--results", str(file), "--methods"]
-    for methods in (["frsf"], ["frsf", "bp"]):
+    for methods in (["usf"], ["usf", "bp"]):
         told = subprocess.run([*words, *methods], capture_output=True, text=True, check=False)
         assert told.returncode == 0, told.stderr
         lines = [json.loads(line) for line in file.read_text().splitlines()]
