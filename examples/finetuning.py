@@ -36,6 +36,7 @@ from rewire.ablation.memory import peak_mb, reset_peak
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 Array = npt.NDArray[np.float32]
+BATCH = 16  # of so few samples larger batches would make few steps
 VALIDATION = 100  # the seed of the runs that choose learning rates
 
 
