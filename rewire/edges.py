@@ -165,7 +165,7 @@ class Probe(Function):
 class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
-    A ticket x Bᵀ, which :func:`rewire.run.steady_direct` makes where n is small, gets the rule's signal of e as its
+    A ticket x Bᵀ, which :func:`rewire.steady.steady_direct` makes where n is small, gets the rule's signal of e as its
     gradient, and PyTorch's own product hands e B on to x. Where e B itself is small, x takes the ticket's place and
     gets it here. Such inputs come last, in this order; ``mirrored`` and ``held`` are their calls.
 
@@ -185,10 +185,12 @@ class Join(Function):
         *tickets: Tensor,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.error, ctx.nested, ctx.calls = state, error, nested, (*mirrored, *held)
-        ctx.rules = [call.mirrored[1] for call in mirrored if call.mirrored is not None]
-        ctx.held = [call.mirrored[1:] for call in held if call.mirrored is not None]
+        ctx.state, ctx.error, ctx.nested = state, error, nested
         ctx.tickets = len(tickets) - len(mirrored) - len(held)
+        if mirrored or held:
+            ctx.rules = [call.mirrored[1] for call in mirrored if call.mirrored is not None]
+            ctx.held = [call.mirrored[1:] for call in held if call.mirrored is not None]
+        ctx.calls = [*mirrored, *held]
         # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
         # place is allowed or refused exactly as for y itself.
         return y.detach()
@@ -201,12 +203,13 @@ class Join(Function):
             if ctx.nested:
                 raise PassError(reentrant_message(ctx.state.label))
             if ctx.state.wiring.error_reached(ctx.state, error, gradient):
-                mirrored = [error.signal(rule) for rule in ctx.rules]
-                mirrored += [error.signal(rule) @ B for rule, B in ctx.held]
-                if ctx.calls and not _graph_is_kept():
-                    for call in ctx.calls:  # x need not outlive its own layer's backward
-                        call.mirrored = None
-                        call.tickets = []
+                if ctx.calls:
+                    mirrored = [error.signal(rule) for rule in ctx.rules]
+                    mirrored += [error.signal(rule) @ B for rule, B in ctx.held]
+                    if not _graph_is_kept():
+                        for call in ctx.calls:  # x need not outlive its own layer's backward
+                            call.mirrored = None
+                            call.tickets = []
                 error.let_go()
         return (gradient, None, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
 

@@ -6,6 +6,7 @@ rule has the weight's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,6 +99,13 @@ def dense_feedback(state: LayerState, module: nn.Module) -> dict[tuple[str, int]
             structure = state.structures[output, index]
             used[output, index] = B_of(state, structure, output, index, shape, like.dtype, like.device)
     return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
+
+
+def all_made(state: LayerState, output: str, index: int) -> Iterator[Tensor]:
+    """The dense B for every shape of an input that there has been."""
+    for (_, above, number, *_), B in state.made.items():
+        if (above, number) == (output, index):
+            yield B.dense() if isinstance(B, Feedback) else B
 
 
 def keeps_tensors(state: LayerState) -> bool:

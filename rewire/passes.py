@@ -9,7 +9,7 @@ mix: they are different graphs. A `detach()` in the model separates what it sepa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,17 +133,18 @@ class OutputError:
         self.let_go()
 
 
-class PouredError(OutputError):
-    """e as a layer sees it whose rows were added up by index further up: at each row, that of the sample it went to.
+class PartialError(OutputError):
+    """e as a layer sees it that feeds only some of its rows, or each row of whose input goes to another row of e.
 
     Args:
         entire: e itself.
-        rows: for each row of the layer's input, the row of e.
+        rows: makes of e what the layer sees of it.
     """
 
     __slots__ = ("entire", "rows")
 
-    def __init__(self, entire: OutputError, rows: Pick) -> None:  # what is not set here is asked of ``entire``
+    def __init__(self, entire: OutputError, rows: Callable[[Tensor], Tensor]) -> None:
+        # What is not set here is asked of ``entire``.
         self.entire = entire
         self.rows = rows
         self.state, self.axis, self.pick = entire.state, entire.axis, None

@@ -15,8 +15,10 @@ same batch, no grid                with a grid         mean over e's grid, then 
 sequence first (T, N, F)           (N, ...)            as above, with the first two dimensions swapped
 any                                (T, N, n)           the same, with e's first two dimensions swapped
 N·T frames, each a row of x        (N, T, ...)         e B of its own frame
+(N, F), or N images                (N·T, ...)          mean over a sample's T rows, then e B: a guess
 k·N windows, patches, choices      (N, ...)            each of the k parts gets its sample's e B
 no batch dimension                 any                 mean over the batch, then e B
+any other number of images         any                 the same: a guess
 =================================  ==================  =============================================
 
 Anything else is a :class:`~rewire.errors.RoutingError`.
@@ -59,6 +61,7 @@ class Route:
         after: (M, features) -> x's shape, contiguous.
         kind: one word for tables.
         ambiguous: the guess that was made, in words, where the shapes fit more than one reading.
+        common: that guess is about e, and the same for all layers below.
         reading: what the shapes show clearly about the order of dimensions; None if nothing.
         plain: e and x are both (N, features), so that ``before`` and ``after`` do nothing.
         runs: each row that ``before`` gives belongs to a run of rows of x, all runs of the same length.
@@ -69,6 +72,7 @@ class Route:
     after: Callable[[Tensor], Tensor]
     kind: str
     ambiguous: str | None = None
+    common: bool = False
     reading: Reading | None = None
     plain: bool = False
     runs: bool = True
@@ -166,7 +170,7 @@ def plan(
     x, e = _Side.read(tuple(x_shape), x_axis), _Side.read(tuple(e_shape), e_axis)
     reading, ambiguous, clear = _read_order(x, e, layout, e_layout, seen)
     swap_x, swap_e = reading
-    route = _batch_first(x.swapped(swap_x), e.swapped(swap_e), structure, stacked)
+    route = _batch_first(x.swapped(swap_x), e.swapped(swap_e), structure, stacked, e_layout or layout)
     if swap_x or swap_e:
         inner = route
         route = replace(
@@ -188,8 +192,12 @@ def route_to(x_shape: Shape, x_axis: int, e_shape: Shape, e_axis: int, *, hint: 
     return plan(x_shape, x_axis, e_shape, e_axis, **options)
 
 
-def _batch_first(x: _Side, e: _Side, structure: str, stacked: int) -> Route:
-    """The way, once the batch is known to come first in both (where it is there)."""
+def _batch_first(x: _Side, e: _Side, structure: str, stacked: int, flat: str | None) -> Route:
+    """The way, once the batch is known to come first in both (where it is there).
+
+    Args:
+        flat: the layout of what was flattened into e's rows, if that is known.
+    """
     n = e.features
     if _positional(x, e):
         plain = len(x.shape) == len(e.shape) == 2
@@ -200,7 +208,7 @@ def _batch_first(x: _Side, e: _Side, structure: str, stacked: int) -> Route:
         return _no_batch(x, e, n)
     folded = _frames(x.size, e)
     if folded is not None:
-        inner = _batch_first(x, folded, structure, stacked)
+        inner = _batch_first(x, folded, structure, stacked, flat)
         return replace(inner, before=lambda t: inner.before(e.rows(t).reshape(folded.shape)))
     if e.size and x.size % e.size == 0:
         parts = x.size // e.size
@@ -213,11 +221,32 @@ def _batch_first(x: _Side, e: _Side, structure: str, stacked: int) -> Route:
             "parts",
             runs=stacked == 1,
         )
+    if x.size and e.size and e.size % x.size == 0 and (x.first or not x.grid):
+        return _rows_of_samples(x, e, n, structure, flat)
     problem = f"{x.size} rows are neither the batch of {e.size} nor a multiple of it"
-    if x.grid and not x.first:  # a table the model makes for itself
-        return replace(_no_batch(x, e, n), ambiguous=f"taken to have no batch dimension, because {problem}")
+    if x.grid and e.size:  # a table the model makes for itself, or images with a number of regions each
+        guess = f"taken to have no batch dimension, because {problem}"
+        return replace(_no_batch(x, e, n), ambiguous=guess, common=x.first)
     raise RoutingError(
         f"no defined way from the output error of shape {e.shape} to an input of shape {x.shape}: {problem}"
+    )
+
+
+def _rows_of_samples(x: _Side, e: _Side, n: int, structure: str, flat: str | None) -> Route:
+    """The way from T errors of each sample, flattened: one sample after another unless ``flat`` is sequence first."""
+
+    sequence_first = flat == LAYOUTS[1]
+
+    def mean(t: Tensor) -> Tensor:
+        rows = _mean_over_grid(e.rows(t))
+        return rows.reshape(-1, x.size, n).mean(0) if sequence_first else rows.reshape(x.size, -1, n).mean(1)
+
+    guess = f"taken to be {x.size} samples, whose errors are {e.size // x.size} rows each, one sample after another"
+    return replace(
+        _same_batch(x, _Side((x.size, n), x.size, (), n, False), n, structure),
+        before=mean,
+        ambiguous=guess if flat is None else None,
+        common=True,
     )
 
 

@@ -33,10 +33,10 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
         taken = _taken(node, number)
         if taken is not None:
             part = taken if part is None else _NONE  # a part of a part is none of ours
-        elif part is None and _puts_behind(node):
+        elif part is None and puts_behind(node):
             part = _NONE  # what lies behind one another again was not taken apart for good
         elif part is not None:
-            rows = _rows_before(node, rows)
+            rows = place_before(node, rows)
         for parent, place in node.next_functions:
             if parent is not None and (step := (parent, place, part, rows)) not in visited:
                 visited.add(step)
@@ -52,7 +52,7 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
     return stacks
 
 
-def _puts_behind(node: Any) -> bool:
+def puts_behind(node: Any) -> bool:
     """Whether a node's inputs lie one behind the other in its output."""
     name = node.name()
     if not name.startswith(("CatBackward", "StackBackward")):
@@ -60,7 +60,7 @@ def _puts_behind(node: Any) -> bool:
     return _counted(node._saved_dim, len(node._input_metadata[0].shape)) == 0
 
 
-def _rows_before(node: Any, rows: int) -> int:
+def place_before(node: Any, rows: int) -> int:
     """Which dimension of a node's input is dimension ``rows`` of its output; -1 if nobody knows."""
     name, dims = node.name(), len(node._input_metadata[0].shape)
     if name.startswith("TBackward"):

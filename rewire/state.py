@@ -47,6 +47,8 @@ class LayerState:
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
+        turned: the layer below whose output was seen to be transposed to be its input (:mod:`rewire.turns`); "" if
+            that was no layer's, None if it was not transposed.
         stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
         picks: its input was seen to be rows picked from the batch by index, or its rows to be added up by one.
         idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
@@ -56,9 +58,9 @@ class LayerState:
         local: what makes B in calls under a local rule, kept from call to call.
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
-        steady: nothing special about its calls: a key of :data:`rewire.run.STEADY`, the short ways through a call.
+        steady: nothing special about its calls: a key of :data:`rewire.steady.STEADY`, the short ways through a call.
         called: as an output layer on the short way, since an error last arrived.
-        mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.run.steady_direct` uses it.
+        mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.steady.steady_direct` uses it.
         hold: up to how many numbers the join hands back itself, with all other layers' (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
@@ -142,6 +144,7 @@ class LayerState:
         self.last: tuple[tuple[Any, ...], Route, Tensor | Feedback] | None = None
         self.reading: Reading | None = None
         self.layout: str | None = None
+        self.turned: str | None = None
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.structures: dict[tuple[str, int], Structure] = {}
         self.kept_as: dict[tuple[str, int], tuple[torch.dtype, torch.device]] = {}
@@ -289,9 +292,16 @@ class LayerState:
     @property
     def order(self) -> Reading | None:
         """The order of dimensions that this layer has shown, or else all others that showed one."""
-        if self.reading is not None or len(self.wiring.readings) != 1:
+        if self.reading is not None:
             return self.reading
-        return next(iter(self.wiring.readings))
+        shown = next(iter(self.wiring.readings)) if len(self.wiring.readings) == 1 else None
+        if self.turned is None:
+            return shown
+        below = self.wiring.layers.get(self.turned)
+        if below is None:  # embeddings or a loader, which have the batch in front
+            return (True, shown is not None and shown[1])
+        first, above = below.reading or shown or (False, False)
+        return (not first, above)
 
     def note_start(self, output: Any) -> None:
         """In the first call: how large its output is before any training, for :func:`rewire.alignment`."""

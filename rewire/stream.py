@@ -22,16 +22,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from rewire.arguments import check_loss, check_model
 from rewire.edges import alias, check, port, wall_at
 from rewire.errors import ConversionError, PassError
+from rewire.layers.kinds import Forward
 from rewire.learning import look
+from rewire.marks import finish
 from rewire.passes import Call, OutputError, backward_id
 from rewire.pieces import Edge, Plan, SeenCall, SeenWall, Step, plan
 from rewire.preview import call as call_model
 from rewire.replay import Before
 from rewire.roles import Role
 from rewire.rules.base import DirectRule
-from rewire.run import Forward, Stream, finish, streaming
 from rewire.state import LayerState
 from rewire.stepper import Stepper, check_optimizer
+from rewire.streaming import Stream, streaming
 from rewire.swap import states_of
 from rewire.wiring import Wiring
 

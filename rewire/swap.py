@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rewire import buffers, hosts, learned, traced
-from rewire.run import STEADY, run
+from rewire.run import run
 from rewire.state import LayerState
+from rewire.steady import STEADY
 
 # Looked up once: these run in every call of every layer.
 _grad_enabled = torch.is_grad_enabled

@@ -26,12 +26,12 @@ from rewire.distributed import in_parallel_forward
 from rewire.edges import alias, check
 from rewire.errors import PassError
 from rewire.exchange import exchange
-from rewire.layers.kinds import BackwardWeight
+from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.passes import Call, OutputError, leave, metadata, upstream
 from rewire.roles import Role
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule
-from rewire.run import Forward, run
+from rewire.run import run
 from rewire.state import LayerState
 from rewire.wiring import conversions
 

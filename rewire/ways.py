@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # How one shape of e reaches one shape of x, the feedback on the way, and the shape of its dense equivalent.
 Way = tuple[Route, Tensor | Feedback, tuple[int, ...]]
 
+_AND_OTHERS = " and, likewise, others below that output layer"
+
 
 def find(
     state: LayerState,
@@ -90,9 +92,10 @@ def _route(
             other.last = None
     if route.ambiguous is not None:
         make = f"{type(rule).__name__}(layout='sequence_first')"
+        others = _AND_OTHERS if route.common else ""
         wiring.warn_once(
-            f"layout:{state.name}",
-            f"layer {state.label}: its input of shape {tuple(shape)}, for an output error of shape "
+            f"layout:{error.state.name}:below" if route.common else f"layout:{state.name}",
+            f"layer {state.label}{others}: its input of shape {tuple(shape)}, for an output error of shape "
             f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
             f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; or keep the layer "
             f"on backprop, layers={{{state.name!r}: 'bp'}}",

@@ -160,6 +160,9 @@ def tokens_of_image(x_shape, e, B, sides):
 
 # x's shape, x's axis, e's shape, e's axis, the loops, B's shape without n, what else plan is told
 N4 = 4
+FIRST = {"layout": "batch_first", "e_layout": "batch_first"}
+SECOND = {"layout": "sequence_first", "e_layout": "sequence_first"}
+
 TABLE = {
     "vector": ((5, 3), -1, (5, N4), -1, per_sample, (3,), {}),
     "image dense": ((5, 3, 2, 4), 1, (5, N4), -1, per_sample, (3, 2, 4), {}),
@@ -233,6 +236,34 @@ TABLE = {
         )
     ),
     "flattened tokens below": (((10, 3), -1, (2, 5, N4), -1, lambda s, e, B: frames(s, e, B, per_sample), (3,), {})),
+    "flattened tokens above a vector": (
+        ((2, 3), -1, (10, N4), -1, lambda s, e, B: per_sample(s, e.reshape(2, 5, N4).mean(1), B), (3,), FIRST)
+    ),
+    "flattened tokens above a vector, sequence first": (
+        ((2, 3), -1, (10, N4), -1, lambda s, e, B: per_sample(s, e.reshape(5, 2, N4).mean(0), B), (3,), SECOND)
+    ),
+    "regions of images": (
+        (
+            (2, 3, 4, 4),
+            1,
+            (7, N4),
+            -1,
+            lambda s, e, B: np.broadcast_to((mean(e) @ B)[None, :, None, None], s),
+            (3,),
+            {"layout": "batch_first"},
+        )
+    ),
+    "masks of regions, as many for each image": (
+        (
+            (2, 3, 4, 4),
+            1,
+            (6, N4, 5, 5),
+            1,
+            lambda s, e, B: channels(s, e.mean((2, 3)).reshape(2, 3, N4).mean(1), B),
+            (3,),
+            {"layout": "batch_first", "structure": "channel"},
+        )
+    ),
     "flattened tokens above": (
         ((2, 5, 3), -1, (10, N4), -1, lambda s, e, B: per_position(s, e.reshape(2, 5, N4), B), (3,), {})
     ),
@@ -335,9 +366,7 @@ def test_feedback_decides_the_dtype():
 
 NO_WAY = {
     "vector, other batch": ((7, 3), -1, (4, N4), -1),
-    "fewer rows than samples": ((2, 3), -1, (4, N4), -1),
-    "image, other batch": ((7, 3, 2, 2), 1, (4, N4), -1),
-    "image, other images": ((3, 3, 2, 2), 1, (2, N4, 2, 2), 1),
+    "fewer rows than samples": ((2, 3), -1, (5, N4), -1),
     "vector, other tokens": ((7, 3), -1, (2, 5, N4), -1),
     "no samples": ((4, 3, 2, 2), 1, (0, N4), -1),
     "a number": ((), -1, (4, N4), -1),
@@ -353,10 +382,16 @@ def test_no_way_names_both_shapes(row):
     assert str(x_shape) in str(problem.value) and str(e_shape) in str(problem.value)
 
 
+@pytest.mark.parametrize(
+    ("x", "e", "words"),
+    [((2, 3), (10, N4), "2 samples, whose errors are 5 rows each"), ((2, 3, 4, 4), (7, N4), "no batch dimension")],
+)
+def test_a_guess_is_said(x, e, words):
+    assert words in plan(x, 1 if len(x) == 4 else -1, e, -1).ambiguous
+
+
 # -- shapes that fit two readings ----------------------------------------------------------------------
 
-FIRST = {"layout": "batch_first", "e_layout": "batch_first"}
-SECOND = {"layout": "sequence_first", "e_layout": "sequence_first"}
 ERROR_SECOND = {"layout": "batch_first", "e_layout": "sequence_first"}
 INPUT_SECOND = {"layout": "sequence_first", "e_layout": "batch_first"}
 
@@ -962,3 +997,33 @@ def test_the_ways_out_that_the_error_names_work():
     for _ in range(2):
         model(inputs).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Captions(nn.Module):
+    """Images below; above them steps of a recurrent layer, flattened before the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 4, 3)
+        self.steps, self.head = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x, length):
+        h = torch.tanh(self.b(torch.tanh(self.a(x)))).mean((2, 3))
+        return self.head(self.steps(h[:, None].expand(-1, length, -1))[0].flatten(0, 1))
+
+
+def test_errors_of_flattened_steps_reach_their_images_and_the_guess_is_said_once():
+    torch.manual_seed(0)
+    model = rewire.convert(Captions().double(), "dfa", scale=0.3, feedback="channel")
+    seen = {}
+    model.b.register_forward_pre_hook(lambda module, args: args[0].register_hook(lambda g: seen.update(b=g)) and None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for length in (3, 4, 2, 5):
+            model(draw(2, 1, 8, 8), length).square().sum().backward()
+            e, B = rewire.output_error(model), rewire.feedback(model)["b"]
+            for i in range(2):
+                wanted = sum(e[i * length + t] for t in range(length)) / length @ B
+                close(seen["b"][i], wanted[:, None, None].expand(3, 6, 6).numpy(), length)
+    said = [str(w.message) for w in caught if "one sample after another" in str(w.message)]
+    assert len(said) == 1 and "'b'" in said[0] and "'head'" not in said[0].split(":")[0], said

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 import rewire
-from rewire.run import streaming
+from rewire.streaming import streaming
 from tests.plain import SCALE, chain, cross_entropy, error, mlp, randn, rule_gradients, same, seeded, settled, weights
 
 N, CLASSES = 6, 4

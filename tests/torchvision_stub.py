@@ -45,31 +45,40 @@ def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
 
 def pooled(images: Tensor, rois: Tensor, scale: float, height: int, width: int, ratio: int, aligned: bool) -> Tensor:
-    """``torchvision.ops.roi_align`` with a fixed number of samples in a cell.
+    """``torchvision.ops.roi_align``.
 
     Args:
         images: (N, C, H, W).
         rois: (K, 5): number of the image, x1, y1, x2, y2.
+        ratio: samples in a cell, in either direction; 0: as many as it has pixels.
 
     Returns:
         (K, C, height, width)
     """
-    assert ratio > 0
     low, high = (rois[:, 1:] * scale - (0.5 if aligned else 0.0)).chunk(2, 1)
     sides = high - low if aligned else (high - low).clamp(min=1)
+    ratios = torch.full((len(rois), 2), ratio)
+    if ratio <= 0:
+        ratios = (sides / torch.tensor([width, height])).ceil().long()
+    out = images.new_zeros(len(rois), images.shape[1], height, width)
+    for image, *across in torch.cat([rois[:, :1].long(), ratios], 1).unique(dim=0).tolist():
+        rows = torch.where((rois[:, 0] == image) & (ratios == torch.tensor(across)).all(1))[0]
+        found = cells(images[image], low[rows], sides[rows], (width, height), across)
+        out = out.index_copy(0, rows, found)
+    return out
 
-    def samples(low: Tensor, side: Tensor, cells: int, size: int) -> tuple[Tensor, Tensor]:
+
+def cells(image: Tensor, low: Tensor, sides: Tensor, counts: tuple[int, int], ratios: list[int]) -> Tensor:
+    """Means of ``ratios`` samples (across, down) in each of ``counts`` cells of each region of one image."""
+
+    def samples(low: Tensor, side: Tensor, cells: int, ratio: int, size: int) -> tuple[Tensor, Tensor]:
         at = low[:, None] + side[:, None] * (torch.arange(cells * ratio).to(low) + 0.5) / (cells * ratio)
         return at.clamp(0, size - 1) / max(size - 1, 1) * 2 - 1, (at >= -1) & (at <= size)
 
-    x, x_inside = samples(low[:, 0], sides[:, 0], width, images.shape[3])
-    y, y_inside = samples(low[:, 1], sides[:, 1], height, images.shape[2])
+    x, x_inside = samples(low[:, 0], sides[:, 0], counts[0], ratios[0], image.shape[2])
+    y, y_inside = samples(low[:, 1], sides[:, 1], counts[1], ratios[1], image.shape[1])
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
     inside = y_inside[:, None, :, None] & x_inside[:, None, None, :]
-    out = images.new_zeros(len(rois), images.shape[1], height, width)
-    for i, image in enumerate(images):
-        rows = torch.where(rois[:, 0] == i)[0]
-        found = F.grid_sample(image[None], grid[rows].flatten(0, 1)[None], align_corners=True)
-        found = found[0].unflatten(1, (len(rows), height * ratio)).transpose(0, 1) * inside[rows]
-        out = out.index_copy(0, rows, F.avg_pool2d(found, ratio))
-    return out
+    found = F.grid_sample(image[None], grid.flatten(0, 1)[None], align_corners=True)
+    found = found[0].unflatten(1, (len(low), counts[1] * ratios[1])).transpose(0, 1) * inside
+    return F.avg_pool2d(found, (ratios[1], ratios[0]))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.buffers import memory_of
 from rewire.diagnose.watch import Layer, Randomness, Seen
@@ -319,9 +319,13 @@ def _fresh(args: Any, theirs: Seen) -> tuple[Any, list[Tensor]]:
     return tree_unflatten(leaves, spec), xs
 
 
-def _expect(theirs: Seen, y: Tensor, xs: list[Tensor]) -> None:
-    assert theirs.delta is not None
-    grads = torch.autograd.grad(y, xs, theirs.delta.to(y.dtype), allow_unused=True)
+def _expect(theirs: Seen, output: Any, xs: list[Tensor]) -> None:
+    """What ``output``, one tensor or what a layer's own forward returns, brings back to ``xs``."""
+    outputs = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+    if len(outputs) != len(theirs.deltas):
+        return
+    ends = [(y, delta.to(y.dtype)) for y, delta in zip(outputs, theirs.deltas, strict=True) if delta is not None]
+    grads = torch.autograd.grad([y for y, _ in ends], xs, [delta for _, delta in ends], allow_unused=True)
     for place, x, grad in zip(theirs.places, xs, grads, strict=True):
         theirs.expected[place.leaf] = torch.zeros_like(x) if grad is None else grad
 

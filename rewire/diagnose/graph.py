@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rewire.bypass import direct_uses
 from rewire.diagnose.watch import Node, Pass, Seen
-from rewire.picks import Pick
+from rewire.parts import parts_below
 from rewire.pours import pours_below
 
 
@@ -35,7 +35,7 @@ class Flow:
         roots = [] if root is None else [root]
         outputs: list[Seen] = []
         self._feeders: dict[Seen, set[Seen]] = {}
-        self._pours: dict[Seen, dict[Seen, Pick]] = {}
+        self._rows: dict[Seen, dict[Seen, Callable[[Tensor], Tensor]]] = {}
         self.only = True
         for wiring in {id(call.state.wiring): call.state.wiring for call in seen}.values():
 
@@ -45,7 +45,7 @@ class Flow:
             first = [call for call in self._upstream(roots, ends) if ends(call)]
             for call in first:
                 self._feeders[call] = set(self._upstream(call.sources))
-                self._pours[call] = pours_below(call.sources, self._at.get, lambda below: below.sources)
+                self._rows[call] = self._rows_of(call)
             found = [call for call in first if not any(call in self._feeders[o] for o in first if o is not call)]
             self.only &= len(found) == len(first)
             outputs += found
@@ -61,9 +61,16 @@ class Flow:
         wiring = call.state.wiring
         return [o for o in self.outputs if o.state.wiring is wiring and (o is call or call in self._feeders[o])]
 
-    def pour(self, call: Seen, output: Seen) -> Pick | None:
-        """Which row of the error at ``output`` belongs to each row of ``call``, where an index says so."""
-        return self._pours[output].get(call) if call.pick is None else None
+    def rows(self, call: Seen, output: Seen) -> Callable[[Tensor], Tensor] | None:
+        """What makes of the error at ``output`` what ``call`` feeds of it, row by row; None where that is all of it."""
+        return self._rows[output].get(call) if call.pick is None else None
+
+    def _rows_of(self, output: Seen) -> dict[Seen, Callable[[Tensor], Tensor]]:
+        found: dict[Seen, Callable[[Tensor], Tensor]] = {}
+        y = output.outputs[0]
+        if output.pick is None and y.dim() > 1:
+            found.update(parts_below(output.sources, y.shape[0], self._at.get, lambda below: below.sources))
+        return found | pours_below(output.sources, self._at.get, lambda below: below.sources)
 
     def _upstream(self, roots: Iterable[Node], stop: Callable[[Seen], bool] = lambda _: False) -> list[Seen]:
         found: dict[Seen, None] = {}

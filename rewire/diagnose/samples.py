@@ -88,6 +88,8 @@ class Samples:
             # A row that several samples share may have grown by some factor too, but by none of theirs.
             known = self.known[shown.dim].to(shown.factor)
             single = ((shown.factor[:, None] - known).abs() <= 1e-3).any(1)
+            if _rows(fed, axis).shape[1] == 1 and not bool(single[shown.clear].all()):
+                continue  # a number is a multiple of any other: one that happens to fit shows nothing
             rows = shown.clear & single & _alive(_rows(fed, axis))
             verdicts.append(bool((rows & others).any()))
         return bool(verdicts) and all(verdicts)

@@ -48,6 +48,7 @@ from rewire.diagnose.watch import (
     take_gradients,
 )
 from rewire.errors import ConversionError, RoutingError, some
+from rewire.layer_feedback import all_made
 from rewire.layers.registry import kind_of
 from rewire.learned import names as learned_names
 from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
@@ -534,11 +535,15 @@ class _Verify:
                     pick = None  # the same rows: e's and the input's
                 elif output.pick is not None:
                     sent = output.pick.put(sent)
-                if (rows := self.flow.pour(other, output)) is not None:
+                if (rows := self.flow.rows(other, output)) is not None:
                     sent = rows(sent)
                 shape = place.x.shape
                 whole = shape if pick is None else pick.whole(shape)
-                fed = None if B is None else fed_back(state, rule, whole, self.states[output.name], sent, B)
+                above = self.states[output.name]
+                fed = None if B is None else fed_back(state, rule, whole, above, sent, B)
+                if fed is None:  # another call had another shape, and so a B of its own
+                    ways = (fed_back(state, rule, whole, above, sent, B) for B in all_made(state, above.name, number))
+                    fed = next((way for way in ways if way is not None), None)
                 if fed is None:
                     return None
                 total = total + (fed if pick is None else pick(fed)).to(total.dtype)
@@ -551,11 +556,13 @@ class _Verify:
         sent = []
         for output in self.flow.downstream(self.calls[call]):
             for e in self.errors.get(output, []):
-                if e is None or output.pick is not None or self.flow.pour(self.calls[call], output) is not None:
+                if e is None or output.pick is not None:
                     return None
                 axis = output.state.kind.axis(e.dim())
-                signalled = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
-                sent.append((signalled if dim is None else weighted(signalled, axis, dim), axis))
+                sees = signal(call.state.rule, e, axis)  # type: ignore[arg-type]
+                sees = sees if dim is None else weighted(sees, axis, dim)
+                rows = self.flow.rows(self.calls[call], output)
+                sent.append((sees if rows is None else rows(sees), axis))
         added = context(call.state, number, place.x, sent[0]) if len(sent) == 1 else None
         return None if added is None else fed + added.to(fed.dtype)
 

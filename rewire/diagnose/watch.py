@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from rewire.arguments import check_loss
 from rewire.errors import ConversionError
@@ -111,19 +111,61 @@ def eagerly() -> Iterator[None]:
 
 
 class Buffers:
-    """The buffers of a model, to be put back before each pass."""
+    """What a model keeps from pass to pass, to be put back before each: buffers, and plain attributes of its modules.
+
+    The latter are tensors, numbers, and tuples and lists of such: a recurrent model may carry its state there.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.kept = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self.attributes = {id(module): dict(_attributes(module)) for module in model.modules()}
+        self.copies = {
+            id(module): {name: tree_map(_copied, value) for name, value in self.attributes[id(module)].items()}
+            for module in model.modules()
+        }
 
     def put_back(self) -> None:
-        """Undo what passes did to them in place."""
+        """Undo what passes did to them."""
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 kept = self.kept.get(name)
                 if kept is not None and kept.shape == buffer.shape:
                     buffer.copy_(kept)
+        for module in self.model.modules():
+            copies = self.copies.get(id(module), {})
+            for name, value in _attributes(module):
+                if name not in copies:
+                    delattr(module, name)
+                elif not _unchanged(value, self.attributes[id(module)][name], copies[name]):
+                    setattr(module, name, tree_map(_copied, copies[name]))
+            for name in copies.keys() - vars(module).keys():
+                setattr(module, name, tree_map(_copied, copies[name]))
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """What a module has in plain attributes: tensors and numbers, alone or together."""
+    plain = (Tensor, bool, int, float, str, type(None))
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and all(type(leaf) in plain for leaf in tree_leaves(value))
+    ]
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _unchanged(value: Any, before: Any, copy: Any) -> bool:
+    """Whether an attribute is the object that it was, with the values that it had."""
+    return value is before and all(map(_equal, tree_leaves(value), tree_leaves(copy)))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return bool(a == b)
 
 
 @dataclass(eq=False)

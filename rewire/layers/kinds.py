@@ -11,6 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rewire.layers.form import Form
 
+Forward = Callable[..., Any]
+
 
 class Kind:
     """One kind of layer.

@@ -56,9 +56,10 @@ def build(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> An
 
 def written(name: str, rule: object) -> str:
     """How ``rule`` is written: its name, and the options whose values are not the usual ones."""
+    make: Callable[..., Any] = type(rule)
     said = {
         option: value
-        for option, default in parameters(type(rule)).items()
+        for option, default in parameters(make).items()
         if (value := getattr(rule, option, default)) != default
     }
     return f"{name}({', '.join(f'{option}={value!r}' for option, value in said.items())})" if said else name

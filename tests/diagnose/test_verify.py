@@ -372,7 +372,7 @@ def test_unrouted():
 
         def forward(self, x):
             h = torch.tanh(self.first(x))
-            return self.last(torch.cat([torch.tanh(self.mid(h[:5])), h[5:]]))
+            return self.last(h + torch.tanh(self.mid(h[:5])).mean(0))
 
     result = rewire.verify(made(Net), X, loss_of)
     assert not result.ok

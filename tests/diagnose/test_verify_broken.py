@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
-from rewire import ask, edges, handback, hosts, layer_feedback, run, swap, wiring
+from rewire import ask, edges, handback, hosts, layer_feedback, local_weights, marks, rows, run, steady, swap, wiring
 from rewire.feedback import standard_normal
 from rewire.passes import OutputError
 from rewire.routing import Route
@@ -49,12 +49,12 @@ def every_call(monkeypatch, function):
     """Each call of each layer is ``function(plain, state, module, forward, args, kwargs)``."""
     plain = swap.run
     monkeypatch.setattr(swap, "run", lambda *call: function(plain, *call))
-    for name, short in run.STEADY.items():
+    for name, short in steady.STEADY.items():
 
-        def steady(state, module, forward, x, short=short):
+        def watched(state, module, forward, x, short=short):
             return function(lambda s, m, f, args, kwargs: short(s, m, f, args[0]), state, module, forward, (x,), {})
 
-        monkeypatch.setitem(run.STEADY, name, steady)
+        monkeypatch.setitem(steady.STEADY, name, watched)
 
 
 # -- what is handed back -----------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ TAMPER = {
 @pytest.fixture
 def ports(monkeypatch):
     """Feedback goes through ports; where B is small it would be PyTorch's own product."""
-    monkeypatch.setattr(run, "_autocast", lambda: True)
+    monkeypatch.setattr(steady, "_autocast", lambda: True)
 
 
 @pytest.mark.parametrize("how", TAMPER)
@@ -94,7 +94,7 @@ def test_a_join_that_hands_back_something_else(monkeypatch, how):
     m = made(mlp, "dfa")
     for _ in range(3):
         loss_of(m(X)).backward()
-    plain, used = run.join, []
+    plain, used = marks.join, []
 
     def broken(y, state, error, nested, mirrored, held, *tickets):
         tickets = [*tickets]
@@ -105,7 +105,7 @@ def test_a_join_that_hands_back_something_else(monkeypatch, how):
                 tickets[i].register_hook(TAMPER[how])
         return plain(y, state, error, nested, mirrored, held, *tickets)
 
-    monkeypatch.setattr(run, "join", broken)
+    monkeypatch.setattr(marks, "join", broken)
     check(m, "2")
     assert used
 
@@ -116,7 +116,7 @@ def test_a_ticket_that_hands_back_something_else(monkeypatch, how):
     m = made(mlp, "dfa")
     for _ in range(3):
         loss_of(m(X)).backward()
-    plain, used = run.linear, []
+    plain, used = steady.linear, []
 
     def broken(x, B):
         used.append(B)
@@ -124,7 +124,7 @@ def test_a_ticket_that_hands_back_something_else(monkeypatch, how):
         x.register_hook(TAMPER[how])
         return plain(x, B)
 
-    monkeypatch.setattr(run, "linear", broken)
+    monkeypatch.setattr(steady, "linear", broken)
     check(m, "2")
     assert used
 
@@ -147,7 +147,7 @@ def test_a_local_rule_that_hands_back_something_else(monkeypatch, model, how):
 @pytest.mark.parametrize("how", ["the weight", "its sign", "zeros", "transposed twice over"])
 def test_another_weight_in_the_backward(monkeypatch, model, how):
     m = model("fa")
-    plain = run._Backward.combine
+    plain = local_weights.LocalWeight.combine
 
     def broken(self, weight, random):
         B = plain(self, weight, random)
@@ -160,7 +160,7 @@ def test_another_weight_in_the_backward(monkeypatch, model, how):
             "transposed twice over": B.flip(0).flip(1),
         }[how]
 
-    monkeypatch.setattr(run._Backward, "combine", broken)
+    monkeypatch.setattr(local_weights.LocalWeight, "combine", broken)
     check(m, "2")
 
 
@@ -173,9 +173,10 @@ def test_a_port_that_hands_back_nothing(monkeypatch, ports, model):
 def test_a_layer_left_out_of_the_pass(monkeypatch, model):
     """The walk from the output misses a layer: it hands back nothing, and nothing of the library's says otherwise."""
     m = model("dfa")
-    plain = run.upstream
-    monkeypatch.setattr(run, "upstream", lambda *a: [c for c in plain(*a) if c.state.name != "2"])
-    monkeypatch.setattr(run, "check", lambda *args: None)
+    plain = marks.upstream
+    monkeypatch.setattr(marks, "upstream", lambda *a: [c for c in plain(*a) if c.state.name != "2"])
+    for where in (marks, steady):
+        monkeypatch.setattr(where, "check", lambda *args: None)
     check(m, "2")
 
 
@@ -377,7 +378,7 @@ def test_feedback_of_other_samples_errors_is_wrong(monkeypatch):
     """2N rows may be pairs side by side or two batches; the shapes do not tell, but backprop does."""
     assert rewire.verify(made(lambda: Siamese(interleaved=True)), X, loss_of).ok
     assert rewire.verify(made(Siamese), X, loss_of).ok  # seen to be two batches
-    monkeypatch.setattr(run, "_note_stacks", lambda state, x: None)
+    monkeypatch.setattr(rows, "_note_stacks", lambda state, x: None)
     result = check(made(Siamese), "body")
     assert "other samples" in str(result.layers[1].note)
     assert rewire.verify(made(Siamese, "fa"), X, loss_of).ok
@@ -398,7 +399,7 @@ class Shuffled(nn.Module):
 
 def test_rows_in_another_order_are_wrong(monkeypatch):
     assert rewire.verify(made(Shuffled), X, loss_of).ok  # the index is found, and followed
-    monkeypatch.setattr(run, "_pick", lambda state, x: None)
+    monkeypatch.setattr(run, "note_rows", lambda state, x: None)
     monkeypatch.setattr("rewire.diagnose.watch.pick_of", lambda x, known: None)
     result = check(made(Shuffled), "body", status={"wrong"})
     assert statuses(result)["head"] == "live"
@@ -533,6 +534,6 @@ BLIND = {
 def test_weights_used_directly_when_nobody_watches_for_it(monkeypatch, use, rule):
     """The watch for such uses is switched off: verify finds them on the graph, without it."""
     monkeypatch.setattr(hosts, "attach", lambda *args: None)
-    monkeypatch.setattr(run, "direct_uses", lambda *args: set())
+    monkeypatch.setattr(marks, "direct_uses", lambda *args: set())
     make, name, loss = BLIND[use]
     check(made(make, rule), name, loss=loss, status={"dead", "wrong"})

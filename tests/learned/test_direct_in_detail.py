@@ -1,4 +1,4 @@
-"""What learned direct rules make of rows, by plain loops: runs of positions, parts of batches, sketches, steps of probes."""
+"""What learned direct rules make of rows, by plain loops: runs of positions, sketches, steps of probes."""
 
 from __future__ import annotations
 

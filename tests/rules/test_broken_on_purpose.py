@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rewire
-from rewire import exchange, handback, passes, run
+from rewire import exchange, handback, local_weights, passes, steady
 from rewire.rules.direct import DFA
 from rewire.rules.local import USF
 
@@ -220,9 +220,9 @@ MECHANISM = {
         "unpack",
         lambda self, packed: packed[0].t() if self.turned else packed[0],
     ),
-    "B is turned round": ("fa", run._Backward, "combine", lambda self, W, R: R.flip(0)),
-    "the ticket is x twice Bᵀ": ("dfa", run, "linear", lambda x, B: torch.nn.functional.linear(x, 2 * B)),
-    "the ticket is none": ("dfa", run, "linear", lambda x, B: torch.nn.functional.linear(x, B).detach()),
+    "B is turned round": ("fa", local_weights.LocalWeight, "combine", lambda self, W, R: R.flip(0)),
+    "the ticket is x twice Bᵀ": ("dfa", steady, "linear", lambda x, B: torch.nn.functional.linear(x, 2 * B)),
+    "the ticket is none": ("dfa", steady, "linear", lambda x, B: torch.nn.functional.linear(x, B).detach()),
     "the join hands back another B": ("dfa", passes.Call, "__setattr__", other_feedback),
     "the join hands back e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),
     "the ticket gets e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),

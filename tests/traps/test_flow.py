@@ -626,3 +626,73 @@ def test_packed_experts_are_named(rule):
     model, _ = check(Packed, X, loss, rule, outputs=["net.head"])
     row = next(row for row in rewire.summary(model).rows if row.name == "net")
     assert not row.converted and "PackedExperts" in row.note
+
+
+class Router(nn.Linear):
+    """A layer whose own forward returns more than its operation does, as routers of experts do."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.softmax(1)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lower, self.router, self.head = nn.Linear(5, 6), Router(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.lower(x))
+        logits, weights = self.router(h)
+        return self.head(h * weights + logits)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa", "frsf"])
+def test_a_layer_that_returns_a_tuple(rule):
+    check(Routed, randn(7, 5), lambda out: F.cross_entropy(out, labels(7)), rule, outputs=["head"])
+
+
+class AcrossSamples(nn.Module):
+    """Attention over the batch, by mistake or not, of one feature: every row's gradient is a multiple of any other."""
+
+    def __init__(self):
+        super().__init__()
+        self.lower, self.qkv, self.head = nn.Linear(5, 1), nn.Linear(1, 3), nn.Linear(60, 4)
+
+    def forward(self, x):
+        q, k, v = self.qkv(torch.tanh(self.lower(x))).unbind(-1)
+        return self.head((q @ k.T).softmax(1) @ v)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_of_one_number_prove_nothing_where_samples_mix(seed):
+    check(AcrossSamples, randn(3, 60, 5, seed=seed), lambda out: F.cross_entropy(out, labels(3)), "dfa")
+
+
+class Carries(nn.Module):
+    """A state from pass to pass in plain attributes, as truncated backpropagation through time keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.i, self.h, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.state, self.steps = None, 0
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 6) if self.state is None else self.state[0]
+        h = torch.tanh(self.i(x) + self.h(state))
+        self.state, self.steps, self.seen = (h.detach(),), self.steps + 1, x.sum().item()
+        return self.head(h * self.steps)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_kept_in_attributes(rule):
+    loss = lambda out: F.cross_entropy(out, labels(7))  # noqa: E731
+    model = rewire.convert(build(Carries), rule)
+    for _ in range(3):
+        one_pass(model, randn(7, 5), loss)
+    before, steps = model.state[0].clone(), model.steps
+    proof = rewire.verify(model, randn(7, 5), loss)
+    assert proof.ok, proof
+    assert torch.equal(model.state[0], before) and model.steps == steps
+    rewire.alignment(model, randn(7, 5), loss)
+    assert torch.equal(model.state[0], before) and model.steps == steps

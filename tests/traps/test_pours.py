@@ -76,7 +76,7 @@ class Edges(nn.Module):
 
 @pytest.mark.parametrize("graph", [GRAPH, SHUFFLED], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("rule", ["fa", "dfa", "sdfa"])
+@pytest.mark.parametrize("rule", ["fa", "dfa", "sdfa", "fitted(context=3)"])
 def test_verified(rule, pool, graph):
     check(lambda: Graphs(pool, graph), X, loss, rule, outputs=["head"])
 

@@ -1,6 +1,7 @@
 """The stand-ins for torchvision's compiled operations do what those do."""
 
 import importlib
+import itertools
 
 import torch
 
@@ -18,8 +19,8 @@ def test_pooled_regions_are_torchvisions():
     images = randn(2, 3, 9, 12).requires_grad_()
     low, high = (randn(2, 7, 2).sigmoid() * torch.tensor([24, 18])).sort(0)[0]
     rois = torch.cat([torch.tensor([0, 1, 0, 0, 1, 1, 0])[:, None], low, high], 1)
-    for aligned in (False, True):
-        options = (0.5, 3, 2, 2, aligned)
+    for aligned, ratio in itertools.product((False, True), (0, 2)):
+        options = (0.5, 3, 2, ratio, aligned)
         ours, wanted = pooled(images, rois, *options), reference(images, rois, *options)
         torch.testing.assert_close(ours, wanted)
         back = randn(*ours.shape)

@@ -1,0 +1,132 @@
+"""What a call leaves on the graph: a mark at its output, which an output layer joins to the pass."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from rewire.bypass import direct_uses
+from rewire.edges import alias, check, join, port
+from rewire.passes import (
+    Call,
+    Node,
+    OutputError,
+    backward_id,
+    call_sources,
+    leave,
+    upstream,
+)
+from rewire.picks import Pick
+from rewire.roles import Role
+from rewire.rows import errors_below
+from rewire.state import LayerState
+from rewire.streaming import stream_of
+from rewire.targets import current_targets
+
+
+def finish(
+    state: LayerState,
+    output: Any,
+    sources: list[Node],
+    tickets: list[Tensor],
+    errors: list[OutputError],
+    ports: int,
+    pick: Pick | None = None,
+) -> Any:
+    """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
+    call = Call(state, sources, tickets, errors, ports)
+    call.pick = pick
+    if state.start is None and backward_id() == -1:
+        state.note_start(output)
+    joins = state.joins
+    return mark(state, call, output, joins) if isinstance(output, Tensor) else mark_all(state, call, output, joins)
+
+
+def mark_all(state: LayerState, call: Call, output: Any, joins: bool) -> Any:
+    """:func:`mark` for each tensor in what a block returns."""
+    leaves, spec = tree_flatten(output)
+    for i, y in enumerate(leaves):
+        if isinstance(y, Tensor) and (y.requires_grad or (call.tickets and y.is_floating_point())):
+            leaves[i] = mark(state, call, y, joins)
+    return tree_unflatten(leaves, spec)
+
+
+def mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
+    """Leave ``call`` at its output, joined to the pass if it ``joins``; returns what takes the output's place."""
+    if joins:
+        y = _join(state, call, y)
+    elif call.tickets and not y.requires_grad:
+        y = join(y, state, None, False, [], [], *call.tickets)  # frozen: keeps the graph in one piece
+    elif y._is_view():
+        # An in-place operation on a view would replace its graph node, and the call left there with it.
+        y = alias(y)
+    node = y.grad_fn
+    if node is not None:
+        leave(node, call)
+        if call.tickets and not joins:
+            # Some microseconds in each call: a layer that no error can reach must not go unnoticed, not once.
+            node.register_prehook(partial(check, call, backward_id() != -1))
+    return y
+
+
+def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
+    """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
+    stream = stream_of(state)
+    if stream is not None and not stream.joins:
+        return alias(y) if y._is_view() else y  # as what joins return: no view
+    wiring = state.wiring
+    wiring.errors.pop(state.name, None)  # the newest pass has no error yet
+    error = OutputError(state, state.kind.axis(y.dim()), current_targets())
+    error.pick = call.pick
+    if state.role is Role.UNKNOWN:
+        wiring.bypassed.update(direct_uses(call.sources, call_sources))
+    feeders = upstream(call.sources, wiring)
+    others = errors_below(call, error, y) if wiring.pours or not wiring.looked else {}
+    tickets: list[Tensor] = []
+    mirrored: list[Tensor] = []
+    held: list[Tensor] = []
+    fed: list[Call] = []
+    to_hold: list[Call] = []
+    shape = y.shape
+    plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2  # not len(y): slow, and once a layer
+    for feeder in (call, *feeders):
+        arrives = others.get(feeder, error)
+        feeder.errors.append(arrives)
+        for lower in feeder.own:
+            lower.above.append(error)
+        if feeder.mirrored is not None:
+            x, rule, B = feeder.mirrored
+            fits = plain and y.dtype is B.dtype and x.size(0) == shape[0] and B.size(0) == shape[1]
+            if fits and arrives is error:
+                if feeder.tickets:
+                    mirrored += feeder.tickets
+                    fed.append(feeder)
+                else:
+                    held.append(x)
+                    to_hold.append(feeder)
+            else:  # not the output that B is for, or not with an error for each row of x
+                tickets.append(port(x, (feeder.state, rule, [arrives], 0, None, None, None)))
+                error.ports += 1
+            continue
+        tickets.extend(feeder.tickets)
+        error.ports += feeder.ports
+    if not y.requires_grad and not tickets and not mirrored and not held:
+        return y
+    call.own.append(error)
+    call.feeders = feeders
+    nested = backward_id() != -1
+    joined = join(y, state, error, nested, fed, to_hold, *tickets, *mirrored, *held)
+    if stream is not None:
+        stream.joined(error, joined)
+    return joined
+
+
+def sources_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:
+    """Graph nodes of a layer's inputs."""
+    inputs = [*args, *kwargs.values()]
+    if not all(isinstance(x, Tensor) for x in inputs):  # a block may take anything
+        inputs = tree_flatten(inputs)[0]
+    return [x.grad_fn for x in inputs if isinstance(x, Tensor) and x.grad_fn is not None]

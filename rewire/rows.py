@@ -1,0 +1,113 @@
+"""Whose rows a call's are: what is noted of picks, pours, stacks and turns while layers are new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rewire.errors import PassError
+from rewire.parts import parts_below
+from rewire.passes import (
+    CALL,
+    Call,
+    Node,
+    OutputError,
+    PartialError,
+    call_of,
+    metadata,
+    picked,
+    upstream,
+)
+from rewire.picks import Pick, Unclear, pick_of
+from rewire.pours import pours_below
+from rewire.roles import Role
+from rewire.rules.base import DirectRule
+from rewire.stacks import stacked_below
+from rewire.state import LayerState
+from rewire.streaming import stream_of
+from rewire.turns import turned_from
+
+
+def note_rows(state: LayerState, x: Tensor) -> Pick | None:
+    """How the rows of x were picked from the batch, if they were."""
+    if stream_of(state) is not None:  # whose first graph keeps no index
+        refuse_picks(state)
+        return None
+    _note_stacks(state, x)
+    _note_turn(state, x)
+    try:
+        pick = pick_of(x, picked)
+    except Unclear:
+        if isinstance(state.rule, DirectRule):
+            state.wiring.unclear.add(state.name)
+        return None
+    if pick is not None and not state.picks:
+        state.picks = True
+        state.changed()
+    return pick
+
+
+def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, OutputError]:
+    """The error for each call below that sees another than ``error``, of which ``y`` is the output.
+
+    These are calls whose rows were added up by index, or that feed only some of the rows.
+    """
+    wiring = call.state.wiring
+
+    def sources(lower: Call) -> list[Node]:
+        return [] if lower.state.wiring is not wiring else lower.sources
+
+    rows: dict[Call, Callable[[Tensor], Tensor]] = {}
+    if call.pick is None and y.dim() > 1:
+        rows.update(parts_below(call.sources, y.shape[0], call_of, sources))
+    rows.update(pours_below(call.sources, call_of, sources))
+    found: dict[Call, OutputError] = {}
+    for lower, of in rows.items():
+        state = lower.state
+        if lower.pick is not None or state.wiring is not wiring or not isinstance(state.rule, DirectRule):
+            continue  # rows that were picked have the place they were picked from
+        found[lower] = PartialError(error, of)
+        wiring.pours = True
+        wiring.unclear.discard(state.name)  # whatever they were picked from: it is known where they go
+        if not state.picks:
+            state.picks = True
+            state.changed()
+    return found
+
+
+def is_new(state: LayerState) -> bool:
+    """Whether passes have yet to show what the layer is."""
+    return state.role is Role.UNKNOWN or not state.wiring.looked
+
+
+def _note_stacks(state: LayerState, x: Tensor) -> None:
+    """Should x be all parts of what lies in several batches below, the layers down there have to know."""
+    for node, count in stacked_below(x, _is_call).items():
+        call: Call = metadata(node)[CALL]
+        for lower in (call, *upstream(call.sources, state.wiring)):
+            if lower.state.stacked != count:
+                lower.state.stacked = count
+                lower.state.changed()
+
+
+def _note_turn(state: LayerState, x: Tensor) -> None:
+    """Should x have been transposed since the layer below, what that shows of the order of dimensions is reversed."""
+    if x.dim() < 3 or state.kind.axis(x.dim()) != -1:
+        return
+    turned, node = turned_from(x, _is_call)
+    below = None if node is None else metadata(node)[CALL].state
+    state.turned = (below.name if below is not None and below.wiring is state.wiring else "") if turned else None
+
+
+def _is_call(node: Node) -> bool:
+    return CALL in metadata(node)
+
+
+def refuse_picks(state: LayerState) -> None:
+    """For a streamed pass, in which rows picked or added up by index cannot be followed."""
+    if state.picks:
+        raise PassError(
+            f"layer {state.label}: rows of its input are picked from the batch by an index, or added up by one, which "
+            "a streamed pass does not follow: use loss.backward()"
+        )

@@ -1,0 +1,153 @@
+"""The short ways through a call: what nearly every call of a settled layer is, written out in one place.
+
+Everything that is special about a call sends it back to :func:`rewire.run.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from rewire.edges import check, port
+from rewire.exchange import exchange, exchangeable
+from rewire.layers.kinds import BackwardWeight, Forward
+from rewire.local_weights import LocalWeight, local_weight
+from rewire.marks import finish, mark, mark_all
+from rewire.passes import CALL, Call, OutputError
+from rewire.run import idle, run
+from rewire.state import LayerState
+
+# Looked up once: these run in every call of every layer.
+_backward_id: Callable[[], int] = torch._C._current_graph_task_id
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for nearly every call there is: a settled hidden layer under a direct rule, with one input.
+
+    Written out in one place because every Python function more is felt in small layers, and more so when the
+    weights of large ones have swept the cache.
+    """
+    if state.wiring.unsettled or _transforming():
+        return run(state, module, forward, (x,), {})
+    if not x.requires_grad:
+        return _first(state, module, forward, x)
+    if not state.settled:
+        return run(state, module, forward, (x,), {})
+    node = x.grad_fn
+    errors: list[OutputError] = []
+    B = state.mirror
+    if B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast():
+        # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours. If e B is small it
+        # may as well be made as soon as e is known, and needs no ticket at all.
+        tickets = [] if x.numel() <= state.hold else [linear(x, B)]
+        call = Call(state, [] if node is None else [node], tickets, errors)
+        call.mirrored = x, state.rule, B  # type: ignore[assignment]
+    else:
+        ticket = port(x, (state, state.rule, errors, 0, None, None, None))
+        call = Call(state, [] if node is None else [node], [ticket], errors, 1)
+    y = forward(module, x.detach())
+    if type(y) is not Tensor or not y.requires_grad or y._is_view():
+        if not call.tickets:
+            call.tickets = [linear(x, B)]  # type: ignore[arg-type]  # of a frozen layer: what ties y to the graph
+        return mark(state, call, y, joins=False) if isinstance(y, Tensor) else mark_all(state, call, y, joins=False)
+    made = y.grad_fn
+    made.metadata[CALL] = call  # type: ignore[union-attr, index]
+    made.register_prehook(partial(check, call, _backward_id() != -1))  # type: ignore[union-attr]
+    return y
+
+
+def _first(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`steady_direct` where there is nothing to hand back to: the first layer of a network."""
+    y = forward(module, x)
+    if type(y) is not Tensor or not y.requires_grad:
+        return idle(state, y)
+    if state.idle:
+        state.wake()
+    if y._is_view():
+        return finish(state, y, [], [], [], 0)
+    y.grad_fn.metadata[CALL] = Call(state, [], [], [])  # type: ignore[union-attr, index]
+    return y
+
+
+def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for a hidden layer under a local rule whose operation's weight can be exchanged."""
+    if state.wiring.unsettled or not exchangeable():
+        return run(state, module, forward, (x,), {})
+    y = forward(module, x)
+    if not x.requires_grad:
+        return y
+    if exchange(y, _weight_of(state), transposed=state.kind.transposed):
+        return y
+    return run(state, module, forward, (x,), {})
+
+
+def _weight_of(state: LayerState) -> BackwardWeight:
+    """:func:`local_weight` without the cases that a settled layer outside of transforms cannot be in."""
+    rule: Any = state.rule
+    made = state.local
+    return made if type(made) is LocalWeight and made.rule is rule and not rule.redraw else local_weight(state, rule)
+
+
+def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for an output layer under a direct rule: its join hands back to its own input as well."""
+    B = state.mirror
+    fits = B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast()
+    if not fits or not x.requires_grad or state.wiring.unsettled or _transforming():
+        return run(state, module, forward, (x,), {})
+    node = x.grad_fn
+    call = Call(state, [] if node is None else [node], [], [])
+    call.mirrored = x, state.rule, B  # type: ignore[assignment]
+    y = forward(module, x.detach())
+    return mark(state, call, y, joins=True) if isinstance(y, Tensor) else mark_all(state, call, y, joins=True)
+
+
+def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """:func:`run` for the only output layer of a network without direct rules.
+
+    Nobody waits for e, so nothing needs to be joined: that e is seen when it arrives is enough. With a second call
+    before that, one may be the output of the pass and the other not; the join of the second finds out.
+    """
+    wiring = state.wiring
+    if state.called or not wiring.local or not wiring.certain or wiring.unsettled or not exchangeable():
+        return run(state, module, forward, (x,), {})
+    if _backward_id() != -1:
+        return run(state, module, forward, (x,), {})
+    y = forward(module, x)
+    if type(y) is not Tensor or not y.requires_grad or y._is_view():
+        return run(state, module, forward, (x,), {})
+    if x.requires_grad and not exchange(y, _weight_of(state), transposed=state.kind.transposed):
+        return run(state, module, forward, (x,), {})
+    state.called = True
+    wiring.errors.pop(state.name, None)  # the newest pass has no error yet
+    error = OutputError(state, state.kind.axis(y.dim()), None)
+    call = Call(state, [], [], [])
+    call.own.append(error)
+    made = y.grad_fn
+    made.metadata[CALL] = call  # type: ignore[union-attr, index]
+    made.register_prehook(partial(_arrived, error))  # type: ignore[union-attr]
+    return y
+
+
+def _arrived(error: OutputError, gradients: Sequence[Tensor | None]) -> None:
+    """Hook of the node of an output layer's output."""
+    if gradients[0] is not None:
+        error.state.wiring.error_reached(error.state, error, gradients[0])
+
+
+Steady = Callable[[LayerState, nn.Module, Forward, Tensor], Any]
+
+
+# By LayerState.steady.
+STEADY: dict[str, Steady] = {
+    "direct": steady_direct,
+    "local": steady_local,
+    "output-direct": steady_output_direct,
+    "output-local": steady_output_local,
+}

@@ -1,0 +1,44 @@
+"""Inputs that were transposed on their way up, as an attention inside a batch-first model may do for itself.
+
+(16, 2, F) fits an error of 2 samples as sequence first, and as 8 parts of each sample. Shapes do not tell, and what
+other layers have shown need not hold here; but a ``transpose`` between this layer and what its input was made from
+lies on the autograd graph. It is looked for while layers are new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewire.stacks import place_before
+
+Node = torch.autograd.graph.Node
+
+
+def turned_from(x: Tensor, is_call: Callable[[Node], bool]) -> tuple[bool, Node | None]:
+    """Whether the first two dimensions of ``x`` changed places since the call it was made by; and that call's node.
+
+    What lies in between is followed for as long as dimensions can be: through operations on elements, padding and
+    other transposes. Without a call at the end, the node is None.
+    """
+    node: Any = x.grad_fn
+    dims = x.dim()
+    first, second = 0, 1
+    while node is not None and not is_call(node):
+        before = place_before(node, first), place_before(node, second)
+        parents = [
+            parent for parent, place in node.next_functions if parent is not None and _dims(parent, place) == dims
+        ]
+        if -1 in before or not parents:
+            return (first, second) == (1, 0), None
+        (first, second), node = before, parents[0]
+    return (first, second) == (1, 0), node
+
+
+def _dims(node: Any, place: int) -> int:
+    """Dimensions of output ``place`` of what a node belongs to; 0 for leaves, which have none on the graph."""
+    metadata = getattr(node, "_input_metadata", ())
+    return len(metadata[place].shape) if place < len(metadata) else 0
