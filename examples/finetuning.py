@@ -2,7 +2,7 @@
 
 A method is what trains and what ``rewire.convert`` is told. Every method starts from the same pretrained weights and
 the same head, that of the linear probe, and has the same number of steps. Its learning rate is the one of a few that
-does best in training on half as many samples, with a seed of its own, measured on others held out of the training
+does best in training on as many samples, with a seed of its own, measured on others held out of the training
 pool; the test samples are not looked at there. Each run has a process of its own, so that memory can be told.
 """
 
@@ -235,10 +235,9 @@ def command(
                     out.write(json.dumps(done[job.key()]) + "\n")
             return done[job.key()]
 
-        half = {**settings, **{name: settings[name] // 2 for name in ("train", "test")}}
         best = {name: rates[0] for name in chosen}
         for name in track(chosen if len(rates) > 1 else [], "learning rates", console=errors):
-            tried = [run(Job(name, VALIDATION, rate, "validation", half, files)) for rate in rates]
+            tried = [run(Job(name, VALIDATION, rate, "validation", settings, files)) for rate in rates]
             best[name] = max(tried, key=lambda each: each["accuracy"])["rate"]
         # Seed by seed, so that what is there when it is interrupted can be compared.
         jobs = [Job(name, seed, best[name], "test", settings, files) for seed in range(seeds) for name in chosen]
