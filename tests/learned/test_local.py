@@ -23,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import rewire
 from rewire.feedback import quick_normal
+from rewire.rules import resolve
 
+from ..plain import randn
 from ..reference import networks
 
 TOL = 1e-8
@@ -623,6 +625,19 @@ def test_weights_used_by_another_module(rule, how):
             assert (t - other.state_dict()[name]).abs().max() < 1e-10, name
     verified = rewire.verify(other, x, lambda out: F.cross_entropy(out, y))
     assert verified.ok, str(verified)
+
+
+def test_moments_of_deltas_seen_in_parts():
+    """P C, with a C that has the moments within each part, and none between them."""
+    rule = resolve("ldfa(rank=2)")
+    P, delta = randn(2, 8, seed=1), randn(9, 8, seed=2)
+    C, found = np.zeros((8, 8)), 0.0
+    for rows in (slice(0, 3), slice(3, 8)):
+        for d in delta[:, rows].numpy():
+            C[rows, rows] += np.outer(d, d)
+        sums = rule.gather(delta[:, rows], {"P": P}, rows)
+        found = found + sums["PC"].numpy()
+    np.testing.assert_allclose(found, P.numpy() @ C, atol=1e-12)
 
 
 @pytest.mark.parametrize("rule", ["kp", "pfa(expand=2)"])
