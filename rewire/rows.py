@@ -42,9 +42,8 @@ def note_rows(state: LayerState, x: Tensor) -> Pick | None:
         if isinstance(state.rule, DirectRule):
             state.wiring.unclear.add(state.name)
         return None
-    if pick is not None and not state.picks:
-        state.picks = True
-        state.changed()
+    if pick is not None and not (state.picks and state.wiring.picks):
+        state.note_picks()
     return pick
 
 
@@ -70,9 +69,8 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
         found[lower] = PartialError(error, of)
         wiring.pours = True
         wiring.unclear.discard(state.name)  # whatever they were picked from: it is known where they go
-        if not state.picks:
-            state.picks = True
-            state.changed()
+        if not (state.picks and wiring.picks):
+            state.note_picks()
     return found
 
 

@@ -119,7 +119,7 @@ def _run(
         output = kind.run(module, forward, args, kwargs, local_weight(state, rule))
     else:
         output = forward(module, *args, **kwargs)
-    if not state.joins:
+    if not state.joins and (not state.wiring.picks or _transforming()):
         return output
     if _transforming():
         return transformed_output(state, output, args, kwargs)

@@ -229,7 +229,7 @@ class LayerState:
         elif direct:
             first = known and not self.fed and not rule.learns  # never measured: there is nothing to hand back to
             self.steady = f"{output}direct" if (self.settled or first) and self.wiring.skip == "keep" else ""
-        elif isinstance(self.rule, LocalRule) and known and self.kind.exchanges:
+        elif isinstance(self.rule, LocalRule) and known and self.kind.exchanges and not wiring.picks:
             self.steady = f"{output}local"
         self.last = self.mirror = None
         self.written = repr(self.rule)
@@ -241,6 +241,13 @@ class LayerState:
         self.refresh()
         if self.wiring.compiled:
             prepare(self.wiring)
+
+    def note_picks(self) -> None:
+        """Rows of its input go their own way: all layers leave their calls on the graph, to show where from."""
+        self.picks = True
+        first, self.wiring.picks = not self.wiring.picks, True
+        for state in [*self.wiring.layers.values()] if first else [self]:
+            state.changed()
 
     def _as_fixed(self, rule: LearnedDirect) -> bool:
         """Whether a pass that learns nothing is one as under fixed feedback."""

@@ -55,6 +55,7 @@ class Wiring:
         probed: the pass before which the newest forward-mode probe was taken.
         probe_count: how many were taken.
         certain: the role of every layer is known.
+        picks: rows of some layer's input were seen to be picked from the batch by index, or to be added up by one.
         pours: rows of some layer were seen to be added up by index (:mod:`rewire.pours`).
         unclear: names of layers whose rows were picked by an index that could not be followed.
         local: there is one output layer, and nobody is handed its error.
@@ -110,6 +111,7 @@ class Wiring:
         self.apart = False
         self.certain = False
         self.local = False
+        self.picks = False
         self.pours = False
         self.unclear: set[str] = set()
         self.bypassed: set[Tensor] = set()

@@ -749,3 +749,32 @@ def test_a_pruned_layer():
         for _ in range(3):
             one_pass(model, randn(7, 5), loss)
         assert rewire.verify(model, randn(7, 5), loss).ok
+
+
+class Chosen(nn.Module):
+    """Two of three rows go through a layer, and back to their places."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.inner, self.head = nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        rows = torch.tensor([2, 0])
+        h = torch.tanh(self.inner(torch.tanh(self.below(x))[rows]))
+        return self.head(h.new_zeros(len(x), 5).index_add(0, rows, h))
+
+
+@pytest.mark.parametrize("below", ["bp", "fa", "kp", "dfa"])
+def test_rows_chosen_of_a_layer_under_another_rule(below):
+    """Layers that leave no trace of their own on the graph leave one here, in later passes too."""
+    loss = lambda out: F.cross_entropy(out, labels(3))  # noqa: E731
+    model = rewire.convert(build(Chosen), "dfa", layers={"below": below}, scale=0.3)
+    seen = {}
+    model.inner.register_forward_pre_hook(
+        lambda module, args: args[0].register_hook(lambda g: seen.update(inner=g)) and None
+    )
+    for _ in range(4):
+        one_pass(model, randn(3, 5), loss)
+        wanted = rewire.output_error(model)[[2, 0]] @ rewire.feedback(model)["inner"]
+        torch.testing.assert_close(seen["inner"], wanted)
+    assert rewire.verify(model, randn(3, 5), loss).ok
