@@ -19,7 +19,7 @@ from rewire.layers.kinds import Kind
 from rewire.learned import PREFIX
 from rewire.ready import prepare, traceable
 from rewire.roles import Role
-from rewire.routing import Reading, Route
+from rewire.routing import LAYOUTS, Reading, Route
 from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule, Schedule, whose_turn
 from rewire.scale import root_mean_square
 from rewire.structures import Feedback, Structure, resolve
@@ -311,7 +311,9 @@ class LayerState:
             return below.order if shown is None and below is not None and below.turned is not None else shown
         # Nothing shown: what lies below came from a loader, embeddings or convolutions, which have the batch in front.
         below = self.wiring.layers.get(self.turned)
-        first = below is not None and below.reading is not None and below.reading[0]
+        first = below is not None and (
+            below.layout == LAYOUTS[1] if below.layout is not None else below.reading is not None and below.reading[0]
+        )
         return (not first, shown is not None and shown[1])
 
     def note_start(self, output: Any) -> None:

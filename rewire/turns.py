@@ -33,9 +33,21 @@ def turned_from(x: Tensor, is_call: Callable[[Node], bool]) -> tuple[bool, Node 
             parent for parent, place in node.next_functions if parent is not None and _dims(parent, place) == dims
         ]
         if -1 in before or not parents:
-            return second == 0 < first, None
+            return second == 0 < first and not _splits(node), None
         (first, second), node = before, parents[0]
     return second == 0 < first, node
+
+
+def _splits(node: Any) -> bool:
+    """Whether a node's first dimension is one of several that its input has as one, for reasons of its own.
+
+    Products of (N, T, F) with a matrix do so as well, but know what they had.
+    """
+    if "View" not in node.name() or node.name().startswith("UnsafeView"):
+        return False
+    parent, place = node.next_functions[0]
+    shapes = getattr(parent, "_input_metadata", ())
+    return place >= len(shapes) or tuple(shapes[place].shape)[:1] != tuple(node._input_metadata[0].shape)[:1]
 
 
 def _dims(node: Any, place: int) -> int:
