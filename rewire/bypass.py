@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Node = torch.autograd.graph.Node
+from rewire.nodes import Node
 
 
 @dataclass(frozen=True)

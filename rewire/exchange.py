@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rewire.layers.kinds import BackwardWeight
-
-Node = torch.autograd.graph.Node
+from rewire.nodes import Node
 
 # Where nodes keep the weight, and whether what lies there is its transpose if W is (out, in).
 _PLACES = (("_raw_saved_mat2", True), ("_raw_saved_weight", False))

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.bypass import direct_uses
 from rewire.edges import alias, check, join, port
+from rewire.nodes import Node
 from rewire.passes import (
     Call,
-    Node,
     OutputError,
     backward_id,
     call_sources,

@@ -9,14 +9,14 @@ and below. Everything below it is handed back the feedback of those rows of e al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rewire.stacks import place_before, puts_behind
+from rewire.nodes import Node, place_before, puts_behind, rows_of, shape_of, views
 
-Node = torch.autograd.graph.Node
 Rows = tuple[int, int]  # from, to
 C = TypeVar("C")
 
@@ -55,7 +55,7 @@ def parts_below(
     # A node, an output of it, the rows that it feeds, and whether its first dimension is these rows, in their order.
     stack: list[tuple[Any, int, Rows, bool]] = []
     for node in sources:
-        stack.append((node, 0, (0, count), _rows(node, 0) == count))
+        stack.append((node, 0, (0, count), rows_of(node, 0) == count))
     visited = set(stack)
 
     def step(node: Any, place: int, rows: Rows, aligned: bool) -> None:
@@ -78,7 +78,7 @@ def parts_below(
             continue
         aligned = aligned and place_before(node, 0) == 0 and not any(word in node.name() for word in _MIXES)
         for number, (parent, at) in enumerate(parents):
-            here = aligned and parent is not None and (_views(node) or _alike(node, place, parent, at))
+            here = aligned and parent is not None and (views(node) or _alike(node, place, parent, at))
             # The other factor of a product has no rows of the result.
             here = here and not (node.name().startswith(("Mm", "Addmm")) and number == len(parents) - 1)
             step(parent, at, rows, here)
@@ -92,46 +92,22 @@ def parts_below(
 def _divided(node: Any, rows: Rows) -> list[Rows | None]:
     """The rows that each input of a ``stack`` or ``cat`` feeds; None where that is not known."""
     parents = node.next_functions
+    stacked = node.name().startswith("Stack")
+    total = len(parents) if stacked else rows_of(node)
+    sizes = [1 if stacked else rows_of(parent, at) for parent, at in parents]
+    if sizes.count(0) == 1:  # one without a gradient: whatever is left
+        sizes[sizes.index(0)] = total - sum(sizes)
+    if min(sizes) < 1 or sum(sizes) != total:
+        return [None] * len(parents)
     first, last = rows
-    if node.name().startswith("Stack"):
-        sizes: list[int | None] = [1] * len(parents)
-    else:
-        sizes = [None if parent is None else _rows(parent, at) for parent, at in parents]
-        if sizes.count(None) == 1:  # one without a gradient: whatever is left
-            rest = _rows(node, 0) - sum(size for size in sizes if size is not None)
-            sizes = [rest if size is None else size for size in sizes]
-    if None in sizes:
-        return [None] * len(parents)
-    total = sum(size for size in sizes if size is not None)
-    if total == 0 or total != (len(parents) if node.name().startswith("Stack") else _rows(node, 0)):
-        return [None] * len(parents)
-    out: list[Rows | None] = []
-    begin = 0
-    for size in sizes:
-        end = begin + (size or 0)
-        ends = (last - first) * begin, (last - first) * end
-        out.append(None if ends[0] % total or ends[1] % total else (first + ends[0] // total, first + ends[1] // total))
-        begin = end
-    return out
-
-
-def _rows(node: Any, place: int) -> int:
-    """The first dimension of output ``place`` of what a node belongs to; 0 if there is none on the graph."""
-    shape = _shape(node, place)
-    return int(shape[0]) if shape else 0
-
-
-def _shape(node: Any, place: int) -> tuple[int, ...]:
-    metadata = getattr(node, "_input_metadata", ())
-    return tuple(metadata[place].shape) if place < len(metadata) else ()
+    ends = [(last - first) * end for end in accumulate(sizes, initial=0)]
+    return [
+        None if begin % total or end % total else (first + begin // total, first + end // total)
+        for begin, end in pairwise(ends)
+    ]
 
 
 def _alike(node: Any, place: int, parent: Any, at: int) -> bool:
     """Whether a node's input has as many dimensions as its output, and as many rows."""
-    ours, theirs = _shape(node, place), _shape(parent, at)
+    ours, theirs = shape_of(node, place), shape_of(parent, at)
     return len(ours) == len(theirs) and ours[:1] == theirs[:1]
-
-
-def _views(node: Any) -> bool:
-    """Whether a node's input has the same numbers in the same order."""
-    return "View" in node.name() or node.name().startswith(("Reshape", "Squeeze", "Unsqueeze"))

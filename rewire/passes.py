@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewire.nodes import Node
 from rewire.picks import Pick
 from rewire.rules.base import DirectRule
 from rewire.structures.base import Cache
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
     from rewire.wiring import Wiring
 
-Node = torch.autograd.graph.Node
 _ALWAYS = -3  # in place of the number of a backward pass
 CALL = "rewire.call"  # where a call lies in the metadata of its output's graph node
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewire.stacks import counted, place_before
+from rewire.nodes import Node, counted, place_before, shape_of
 
-Node = torch.autograd.graph.Node
 # The rows of a call's input, for the node of its output; raises KeyError for other nodes.
 Known = Callable[[Node], "Pick | None"]
 
@@ -138,8 +137,7 @@ def _keeps_dimensions(node: Any, parent: Any, at: int) -> bool:
     """Whether which dimension is which can be told from a node to one of its inputs."""
     if node.name().startswith(("Select", "Unsqueeze")):
         return True
-    shapes = getattr(parent, "_input_metadata", ())
-    return at < len(shapes) and len(shapes[at].shape) == len(node._input_metadata[0].shape)
+    return len(shape_of(parent, at)) == len(shape_of(node))
 
 
 _PUT = ("IndexAdd", "IndexPut", "IndexCopy", "Scatter", "MaskedScatter", "IndexReduce")

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from rewire.passes import Node, OutputError
+from rewire.nodes import Node
+from rewire.passes import OutputError
 from rewire.state import LayerState
 
 END = 1 << 62  # "at the end of the pass", later than any call

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from rewire.nodes import Node, shape_of
 from rewire.picks import Pick
 
-Node = torch.autograd.graph.Node
 C = TypeVar("C")
 
 _POURS = ("IndexAddBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexReduceBackward", "IndexPutBackward")
@@ -71,7 +71,7 @@ def _made(node: Any) -> Pick | None:
     name = node.name()
     if not name.startswith(_POURS):
         return None
-    shape = tuple(node._input_metadata[0].shape)
+    shape = shape_of(node)
     if name.startswith("IndexPutBackward"):
         indices = node._saved_indices
         index = indices[0] if len(indices) == 1 else None

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rewire.errors import PassError
+from rewire.nodes import Node
 from rewire.parts import parts_below
 from rewire.passes import (
     CALL,
     Call,
-    Node,
     OutputError,
     PartialError,
     call_of,

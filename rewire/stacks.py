@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-Node = torch.autograd.graph.Node
+from rewire.nodes import Node, counted, place_before, puts_behind, shape_of
+
 Part = tuple[int, int]  # of how many equal parts of the rows which one
 _NONE: Part = (0, 0)
 
@@ -45,37 +45,9 @@ def stacked_below(x: Tensor, is_call: Callable[[Node], bool]) -> dict[Node, int]
     for node, parts in found.items():
         count = len(parts)
         # Each row of x is made of one of every part.
-        made: Any = node
-        shape = tuple(made._input_metadata[0].shape)
-        if count > 1 and parts == {(count, i) for i in range(count)} and shape[:1] == (count * len(x),):
+        if count > 1 and parts == {(count, i) for i in range(count)} and shape_of(node)[:1] == (count * len(x),):
             stacks[node] = count
     return stacks
-
-
-def puts_behind(node: Any) -> bool:
-    """Whether a node's inputs lie one behind the other in its output."""
-    name = node.name()
-    if not name.startswith(("CatBackward", "StackBackward")):
-        return False
-    return counted(node._saved_dim, len(node._input_metadata[0].shape)) == 0
-
-
-def place_before(node: Any, rows: int) -> int:
-    """Which dimension of a node's input is dimension ``rows`` of its output; -1 if nobody knows."""
-    name, dims = node.name(), len(node._input_metadata[0].shape)
-    if name.startswith("TBackward"):
-        return 1 - rows
-    if name.startswith("TransposeBackward"):
-        one, other = counted(node._saved_dim0, dims), counted(node._saved_dim1, dims)
-        return {one: other, other: one}.get(rows, rows)
-    if name.startswith("PermuteBackward"):
-        return counted(node._saved_dims[rows], dims) if rows >= 0 else -1
-    if name.startswith("SelectBackward"):
-        return rows + (counted(node._saved_dim, dims + 1) <= rows)
-    if name.startswith("UnsqueezeBackward"):
-        added = counted(node._saved_dim, dims)
-        return -1 if rows == added else rows - (added < rows)
-    return -1 if rows != 0 and "View" in name else rows
 
 
 def _taken(node: Any, number: int) -> Part | None:
@@ -102,11 +74,6 @@ def _taken(node: Any, number: int) -> Part | None:
         if int(node._saved_step) != 1:
             return None
     return (rows // size, first // size) if size and rows % size == first % size == 0 else None
-
-
-def counted(dim: int, dims: int) -> int:
-    """A dimension as a node has it, from the front. Those counted from the back are unsigned there."""
-    return int(dim) - 2**64 + dims if int(dim) >= 2**63 else int(dim)
 
 
 _TAKES = {"SplitBackward0", "SplitWithSizesBackward0", "SliceBackward0", "SelectBackward0", "UnbindBackward0"}

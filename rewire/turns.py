@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rewire.stacks import place_before
-
-Node = torch.autograd.graph.Node
+from rewire.nodes import Node, place_before, shape_of
 
 
 def turned_from(x: Tensor, is_call: Callable[[Node], bool]) -> tuple[bool, Node | None]:
@@ -30,7 +27,9 @@ def turned_from(x: Tensor, is_call: Callable[[Node], bool]) -> tuple[bool, Node 
     while node is not None and not is_call(node):
         before = place_before(node, first), place_before(node, second)
         parents = [
-            parent for parent, place in node.next_functions if parent is not None and _dims(parent, place) == dims
+            parent
+            for parent, place in node.next_functions
+            if parent is not None and len(shape_of(parent, place)) == dims
         ]
         if -1 in before or not parents:
             return second == 0 < first and not _splits(node), None
@@ -46,11 +45,4 @@ def _splits(node: Any) -> bool:
     if "View" not in node.name() or node.name().startswith("UnsafeView"):
         return False
     parent, place = node.next_functions[0]
-    shapes = getattr(parent, "_input_metadata", ())
-    return place >= len(shapes) or tuple(shapes[place].shape)[:1] != tuple(node._input_metadata[0].shape)[:1]
-
-
-def _dims(node: Any, place: int) -> int:
-    """Dimensions of output ``place`` of what a node belongs to; 0 for leaves, which have none on the graph."""
-    metadata = getattr(node, "_input_metadata", ())
-    return len(metadata[place].shape) if place < len(metadata) else 0
+    return shape_of(parent, place)[:1] != shape_of(node)[:1]

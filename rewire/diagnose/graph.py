@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from rewire.bypass import direct_uses
-from rewire.diagnose.watch import Node, Pass, Seen
+from rewire.diagnose.watch import Pass, Seen
+from rewire.nodes import Node
 from rewire.parts import parts_below
 from rewire.pours import pours_below
 

@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from rewire.arguments import check_loss
 from rewire.errors import ConversionError
+from rewire.nodes import Node
 from rewire.passes import backward_id
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
 from rewire.state import LayerState
 from rewire.swap import states_of
 
-Node = torch.autograd.graph.Node
 Gradients = dict[str, Tensor | None]
 Again = Callable[[Tensor], Callable[[Tensor], Any]]
 """weight -> (x -> y): a use of a weight by another module, with another weight."""

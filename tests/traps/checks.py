@@ -40,6 +40,24 @@ def one_pass(model, inputs, loss, seed=1):
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
+def handed_back(model, inputs, loss, *names):
+    """One pass: what these layers hand back to their inputs, a list for each of them in the order of its calls."""
+    calls = {name: [] for name in names}
+    hooks = []
+    for name in names:
+
+        def watch(module, args, seen=calls[name]):
+            place = len(seen)
+            seen.append(None)
+            args[0].register_hook(lambda g: seen.__setitem__(place, g))
+
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(watch))
+    one_pass(model, inputs, loss)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
 def check(
     make,
     inputs,

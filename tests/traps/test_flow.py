@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 import rewire
 
-from .checks import RULES, build, check, labels, one_pass, randn
+from .checks import RULES, build, check, handed_back, labels, one_pass, randn
 
 N = 6
 X = randn(N, 5)
@@ -419,29 +419,17 @@ def test_experts_under_a_local_rule(how):
 @pytest.mark.parametrize("how", ["index", "select", "skip empty"])
 def test_experts_get_the_errors_of_their_own_tokens(how, pooled):
     model, _ = check(lambda: Experts(how, pooled=pooled), TOKENS, token_loss, "dfa", outputs=["head"])
-    seen, rows = {}, {}
-
-    def at_input(name):
-        def hook(module, args):
-            args[0].register_hook(lambda g: seen.update({name: g}))
-
-        return hook
-
-    for i in range(3):
-        model.up[i].register_forward_pre_hook(at_input(f"up.{i}"))
-        model.down[i].register_forward_pre_hook(at_input(f"down.{i}"))
+    names = [f"{layer}.{i}" for layer in ("up", "down") for i in range(3)]
     for x in (TOKENS, TOKENS.flip(0), TOKENS * 2):  # each time other tokens, in other numbers
         with torch.no_grad():
             h = torch.tanh(model.stem(x)).reshape(-1, 6)
             chosen = model.gate(h).softmax(-1).topk(2)[1]
             rows = {i: torch.where(chosen == i)[0] for i in range(3)}
-        seen.clear()
-        one_pass(model, x, token_loss)
+        seen = handed_back(model, x, token_loss, *names)
         e, B = rewire.output_error(model), rewire.feedback(model)
         e = e.repeat_interleave(4, 0) if pooled else e.reshape(-1, 4)
-        for i in range(3):
-            for name in (f"up.{i}", f"down.{i}"):
-                assert torch.allclose(seen[name], e[rows[i]] @ B[name], atol=1e-12), name
+        for name in names:
+            torch.testing.assert_close(seen[name], [e[rows[int(name[-1])]] @ B[name]])
         assert rewire.verify(model, x, token_loss).ok
 
 
@@ -468,13 +456,10 @@ class AsManyRows(Experts):
 def test_rows_in_another_order():
     rest = [f"{layer}.{i}" for layer in ("up", "down") for i in (1, 2)] + ["gate"]
     model = rewire.convert(build(AsManyRows), "dfa", scale=0.3)
-    seen = []
-    model.up[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].register_hook(seen.append)) and None)
     for _ in range(3):
-        seen.clear()
-        one_pass(model, TOKENS, token_loss)
+        (got,) = handed_back(model, TOKENS, token_loss, "up.0")["up.0"]
         e, B = rewire.output_error(model), rewire.feedback(model)
-        assert torch.allclose(seen[1], e.reshape(-1, 4).flip(0) @ B["up.0"], atol=1e-12)
+        assert torch.allclose(got, e.reshape(-1, 4).flip(0) @ B["up.0"], atol=1e-12)
     result = rewire.verify(model, TOKENS, token_loss)
     assert result.ok and {r.name for r in result.layers if r.status == "not run"} == set(rest), str(result)
 
@@ -512,10 +497,8 @@ def test_ways_to_pick_rows(how):
             return self.head(h.index_add(0, torch.tensor(ROWS[how]), y))
 
     model, _ = check(Net, X, loss, "dfa", outputs=["head"])
-    seen = []
-    model.mid.register_forward_pre_hook(lambda m, args: seen.append(args[0].register_hook(seen.append)) and None)
-    one_pass(model, X, loss)
-    assert torch.allclose(seen[1], rewire.output_error(model)[ROWS[how]] @ rewire.feedback(model)["mid"], atol=1e-12)
+    (got,) = handed_back(model, X, loss, "mid")["mid"]
+    assert torch.allclose(got, rewire.output_error(model)[ROWS[how]] @ rewire.feedback(model)["mid"], atol=1e-12)
     check(Net, X, loss, "fa", outputs=["head"])
 
 
@@ -542,12 +525,10 @@ def test_a_head_on_masked_tokens_alone(rule, count):
     zero = ("a", "b", "mix") if rule == "shallow" else ()
     model, _ = check(Masked, (TOKENS, mask), lambda out: (out - 1).square().mean(), rule, outputs=["head"], zero=zero)
     if rule == "dfa":
-        seen = []
-        model.b.register_forward_pre_hook(lambda m, args: seen.append(args[0].register_hook(seen.append)) and None)
-        one_pass(model, (TOKENS, mask), lambda out: (out - 1).square().mean())
+        (got,) = handed_back(model, (TOKENS, mask), lambda out: (out - 1).square().mean(), "b")["b"]
         whole = torch.zeros(3, 4, 4, dtype=torch.float64)
         whole[mask] = rewire.output_error(model)
-        assert torch.allclose(seen[1], whole @ rewire.feedback(model)["b"], atol=1e-12)
+        assert torch.allclose(got, whole @ rewire.feedback(model)["b"], atol=1e-12)
 
 
 @pytest.mark.parametrize("order", [[3, 1, 5, 0, 2, 4], [5, 5, 0], [2]])
@@ -563,11 +544,9 @@ def test_a_head_on_other_rows(order):
             return self.head(torch.tanh(self.b(torch.tanh(self.a(x))))[torch.tensor(order)])
 
     model, _ = check(Net, X, lambda out: (out - 1).square().mean(), "dfa", outputs=["head"], passes=4)
-    seen = []
-    model.b.register_forward_pre_hook(lambda m, args: seen.append(args[0].register_hook(seen.append)) and None)
-    one_pass(model, X, lambda out: (out - 1).square().mean())
+    (got,) = handed_back(model, X, lambda out: (out - 1).square().mean(), "b")["b"]
     whole = torch.zeros(N, 4, dtype=torch.float64).index_add(0, torch.tensor(order), rewire.output_error(model))
-    assert torch.allclose(seen[1], whole @ rewire.feedback(model)["b"], atol=1e-12)
+    assert torch.allclose(got, whole @ rewire.feedback(model)["b"], atol=1e-12)
 
 
 @pytest.mark.parametrize("layers", [{"head": "bp"}, {"head": "fa"}, {"b": "fa", "mix": "bp"}])
@@ -728,13 +707,9 @@ def test_packed_sequences(rule, first, last):
     loss = lambda out: F.cross_entropy(out, labels(3))  # noqa: E731
     model, _ = check(lambda: Sorted(first, last), inputs, loss, rule, outputs=["head"])
     if rule == "dfa":
-        seen = {}
-        model.i.register_forward_pre_hook(
-            lambda module, args: args[0].register_hook(lambda g: seen.update(i=g)) and None
-        )
-        one_pass(model, inputs, loss)
+        (got,) = handed_back(model, inputs, loss, "i")["i"]
         wanted = (rewire.output_error(model) @ rewire.feedback(model)["i"])[:, None].expand(3, 7, 5)
-        torch.testing.assert_close(seen["i"] if first else seen["i"].transpose(0, 1), wanted)
+        torch.testing.assert_close(got if first else got.transpose(0, 1), wanted)
 
 
 def test_a_pruned_layer():
@@ -769,12 +744,8 @@ def test_rows_chosen_of_a_layer_under_another_rule(below):
     """Layers that leave no trace of their own on the graph leave one here, in later passes too."""
     loss = lambda out: F.cross_entropy(out, labels(3))  # noqa: E731
     model = rewire.convert(build(Chosen), "dfa", layers={"below": below}, scale=0.3)
-    seen = {}
-    model.inner.register_forward_pre_hook(
-        lambda module, args: args[0].register_hook(lambda g: seen.update(inner=g)) and None
-    )
     for _ in range(4):
-        one_pass(model, randn(3, 5), loss)
+        (got,) = handed_back(model, randn(3, 5), loss, "inner")["inner"]
         wanted = rewire.output_error(model)[[2, 0]] @ rewire.feedback(model)["inner"]
-        torch.testing.assert_close(seen["inner"], wanted)
+        torch.testing.assert_close(got, wanted)
     assert rewire.verify(model, randn(3, 5), loss).ok

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import rewire
 
-from .checks import build, check, labels, one_pass, randn
+from .checks import build, check, handed_back, labels, randn
 
 
 class Bags(nn.Module):
@@ -112,20 +112,10 @@ def test_verified(case, rule):
     check(make, inputs, loss_for(count), rule, outputs=["head"])
 
 
-def handed_back(model, inputs, loss):
+def handed_back_inner(model, inputs, loss):
     """What each call of ``inner`` hands back, in the order of the calls."""
-    calls = []
-
-    def watch(module, args):
-        place = len(calls)
-        calls.append(None)
-        args[0].register_hook(lambda g: calls.__setitem__(place, g))
-
-    hook = model.inner.register_forward_pre_hook(watch)
-    one_pass(model, inputs, loss)
-    hook.remove()
-    e, B = rewire.output_error(model), rewire.feedback(model)["inner"]
-    return calls, e, B
+    calls = handed_back(model, inputs, loss, "inner")["inner"]
+    return calls, rewire.output_error(model), rewire.feedback(model)["inner"]
 
 
 @pytest.mark.parametrize("options", [{}, {"output": "head"}], ids=["found", "asked"])
@@ -143,7 +133,7 @@ def test_values(case, options):
     }[case]
     model = rewire.convert(build(make), "dfa", scale=0.3, **options)
     for _ in range(3):
-        got, e, B = handed_back(model, inputs, loss_for(count))
+        got, e, B = handed_back_inner(model, inputs, loss_for(count))
         if case == "trees":  # parents before their parts, as backward goes: compare whatever their order
             got, expected = (sorted(row.sum().item() for row in rows) for rows in (got, wanted(e, B)))
             assert got == pytest.approx(expected, rel=1e-12)
@@ -166,7 +156,7 @@ def test_steps_of_a_sequence():
     x = randn(5, 3, 5)
     loss = lambda out: F.cross_entropy(out.flatten(0, 1), labels(15))  # noqa: E731
     for _ in range(3):
-        got, e, B = handed_back(model, x, loss)
+        got, e, B = handed_back_inner(model, x, loss)
         torch.testing.assert_close(got, [e[t] @ B for t in range(5)])
     check(Steps, x, loss, "dfa", outputs=["head"])
 
@@ -175,5 +165,5 @@ def test_other_sizes_in_each_pass():
     model = rewire.convert(build(Bags), "dfa", scale=0.3)
     for sizes in ([3, 5, 4, 1], [2, 2], [1, 6, 2]):
         bags = [randn(size, 5, seed=size) for size in sizes]
-        got, e, B = handed_back(model, (bags,), loss_for(len(bags)))
+        got, e, B = handed_back_inner(model, (bags,), loss_for(len(bags)))
         torch.testing.assert_close(got, [torch.stack([e[i] @ B] * size) for i, size in enumerate(sizes)])

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import rewire
 
-from .checks import build, check, labels, one_pass, randn
+from .checks import build, check, handed_back, labels, randn
 
 N, T, PADDED = 2, 11, 16  # 16 is 8 parts for each of 2 samples, too
 X, Y = randn(N, T, 5), labels(N, T)
@@ -41,17 +41,13 @@ def test_verified(rule, first):
 @pytest.mark.parametrize("first", [True, False], ids=["after a layer", "after a table"])
 def test_each_row_gets_its_own_samples_error(first):
     model = rewire.convert(build(Turned, first), "dfa", scale=0.3)
-    seen = {}
-    model.inner.register_forward_pre_hook(
-        lambda module, args: args[0].register_hook(lambda g: seen.update(inner=g)) and None
-    )
     for _ in range(3):
-        one_pass(model, X, loss)
+        (got,) = handed_back(model, X, loss, "inner")["inner"]
     e, B = rewire.output_error(model), rewire.feedback(model)["inner"]
     for i in range(N):
         for t in range(PADDED):  # the mean of the errors that position t of 16 lies over, of 11
             low, high = t * T // PADDED, -(-(t + 1) * T // PADDED)
-            torch.testing.assert_close(seen["inner"][t, i], e[i, low:high].mean(0) @ B)
+            torch.testing.assert_close(got[t, i], e[i, low:high].mean(0) @ B)
 
 
 class Patches(nn.Module):
@@ -72,11 +68,6 @@ def test_tokens_of_an_image():
     """Nothing else in the model shows an order, and 16 is a multiple of 2: no guess is needed, nor said."""
     x = randn(2, 5, 4, 4)
     model, _ = check(Patches, x, lambda out: F.cross_entropy(out, labels(2)), "dfa", outputs=["head"])
-    seen = {}
-    for name in ("inner", "middle"):
-        getattr(model, name).register_forward_pre_hook(
-            lambda module, args, name=name: args[0].register_hook(lambda g: seen.update({name: g})) and None
-        )
-    one_pass(model, x, lambda out: F.cross_entropy(out, labels(2)))
+    seen = handed_back(model, x, lambda out: F.cross_entropy(out, labels(2)), "inner", "middle")
     e, B = rewire.output_error(model), rewire.feedback(model)
-    torch.testing.assert_close(seen["middle"], (e @ B["middle"]).expand(16, 2, 6))
+    torch.testing.assert_close(seen["middle"][0], (e @ B["middle"]).expand(16, 2, 6))
