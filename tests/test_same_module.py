@@ -376,7 +376,7 @@ def run_python(code, folder, **environment):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

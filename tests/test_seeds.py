@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 import textwrap
@@ -38,6 +37,7 @@ from .plain import (
     states,
     weights,
 )
+from .ranks import PATIENCE, run_ranks
 
 ROOT = str(Path(rewire.__file__).parents[1])
 LABELS = torch.tensor([0, 3, 1, 2, 0, 1])
@@ -97,7 +97,7 @@ def run_python(program, *arguments, cwd=None, **environment):
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -479,8 +479,8 @@ import rewire
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt")
 x, labels = data["x"].chunk(2)[rank], data["labels"].chunk(2)[rank]
 found = {}
@@ -516,25 +516,7 @@ def ranks(tmp_path_factory):
     x[4:] *= 3  # the halves measure different scales
     labels = torch.arange(8) % 4
     torch.save({"x": x, "labels": labels, "model": mlp().state_dict()}, folder / "data.pt")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([ROOT, env.get("PYTHONPATH", "")])
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(port), str(folder)], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for job in jobs:
-            _, err = job.communicate(timeout=120)
-            assert job.returncode == 0, err
-    finally:
-        for job in jobs:
-            job.kill()
-    return x, labels, [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return x, labels, run_ranks(folder, "-c", RANK)
 
 
 ORDERS = pytest.mark.parametrize("order", ["convert, wrap", "wrap, convert"])

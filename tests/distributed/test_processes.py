@@ -1,10 +1,5 @@
 """Two processes that train one model together get what a single one gets. All cases run in one pair of processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,12 +8,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import rewire
 from rewire.rules.base import resolve
 from tests.every_rule import SCHEDULES
+from tests.ranks import run_ranks
 
 from . import cases
 from .cases import LOCAL, NOT_LINEAR, RULES, STEPS, batch, build, half, loss_of, optimizer_of, single, state_of, train
 from .worker import digests
 
-ROOT = Path(__file__).parents[2]
 TOL = 1e-10
 HEAD = "3."  # the output layer's parameters
 
@@ -31,21 +26,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What each of two processes found, by case."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "tests.distributed.worker"]
-    jobs = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for job in jobs:
-            _, err = job.communicate(timeout=900)
-            assert job.returncode == 0, err[-4000:]
-    finally:
-        for job in jobs:
-            job.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return run_ranks(folder, "-m", "tests.distributed.worker")
 
 
 def agree(found, wanted, tol=TOL):

@@ -6,11 +6,7 @@ The reference knows what each layer keeps at the start, the data and the equatio
 import copy
 import io
 import math
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -26,6 +22,7 @@ from rewire.feedback import quick_normal
 from rewire.rules import resolve
 
 from ..plain import randn
+from ..ranks import run_ranks
 from ..reference import networks
 
 TOL = 1e-8
@@ -887,8 +884,8 @@ import rewire
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt")
 x, y = data["x"].chunk(2)[rank], data["y"].chunk(2)[rank]
 found = {}
@@ -919,27 +916,7 @@ def test_two_processes(tmp_path):
     rules = [*ALL, "wm(every=2)"]
     plain = copy.deepcopy(model.state_dict())
     torch.save({"x": x, "y": y, "model": plain, "rules": rules}, tmp_path / "data.pt")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    root = str(Path(__file__).parents[2])
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
-    arguments = [str(port), str(tmp_path)]
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), *arguments], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for job in jobs:
-            _, complaints = job.communicate(timeout=240)
-            assert job.returncode == 0, complaints
-    finally:
-        for job in jobs:
-            job.kill()
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    ranks = run_ranks(tmp_path, "-c", RANK)
     for found in ranks:
         assert "convert first, then wrap" in found["late"]
         for rule in rules:
