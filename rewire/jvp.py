@@ -15,6 +15,7 @@ Probes are taken by a hook on the module that was converted: parts of it that ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import get_ident
 from typing import Any, cast
 
@@ -215,10 +216,11 @@ def _gather(state: LayerState, index: int, v: Tensor, output: LayerState, u: Ten
     assert isinstance(rule, LearnedDirect)
     error = OutputError(output, output.kind.axis(u.dim()), None)
     error.deliver(u)  # so that u takes the way of an error, from the output's rows to the input's
-    wide = torch.float64 if v.dtype is torch.float64 else torch.float32
+    x = learning.Like(v.shape, v.dtype, v.device)
+    wide = x.wide
     with torch.no_grad():
         behind = learning.behind_one_another(state, rule, [error], v.shape, None)
-        rows = learning.together(state, rule, [error], index, v.shape, wide, None, behind)
+        rows = learning.together(state, rule, [error], index, x, wide, None, behind)
         if rows is None:
             return
         v = v.to(wide)
@@ -229,7 +231,7 @@ def _gather(state: LayerState, index: int, v: Tensor, output: LayerState, u: Ten
         if learning.has_values_for_elements(state, index):
             rows = learning.per_image(rows, images)
             elements = learning.in_order(v.reshape(images, -1), behind)
-        seen = Rows(e=rows, exact=flat, seen=None, wide=elements)
+        seen = Rows(e=rows, exact=flat, seen=None, wide=elements, mask=partial(learning.mask_of, state, index))
         learning.add(state, index, rule.observe(seen, learning.joined(state, index).to(wide)))
 
 
