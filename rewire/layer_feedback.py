@@ -40,7 +40,14 @@ def B_of(
         return structure.make(place)
     name = buffers.name_of(state, "B", index, output)
     held = state.learned.get(name)
-    if held is None or held.shape != structure.own_shape(shape):
+    needed = structure.own_shape(shape)
+    if held is None or held.shape != needed:
+        if held is not None:
+            state.wiring.warn_once(
+                f"anew:{state.name}",
+                f"layer {state.label}: what its feedback has learned, of shape {tuple(held.shape)}, does not fit, as "
+                f"{needed} is needed here: it starts anew. Inputs of several sizes want feedback='channel'",
+            )
         wide = torch.promote_types(dtype, torch.float32)
         # Small steps would be lost in what a structure keeps in few bits.
         held = state.learned[name] = structure.draw(replace(place, dtype=wide)).to(wide)

@@ -8,6 +8,7 @@ has images, positions and layers called twice.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 
@@ -251,3 +252,385 @@ def test_fitted_by_forward_mode(structure):
         if passes:
             each.M = each.M + each.where(wrong) / (len(x) + WIDTH[layer])
         check_feedback(model, kept)
+
+
+# -- several output layers -----------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """With rank 2 the error of ``one`` is squeezed, and that of ``two`` is not; both are in one fit."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.b(torch.tanh(self.a(x))))
+        return self.one(h), self.two(h)
+
+
+def loss(outputs, *which):
+    return sum(F.cross_entropy(outputs[i], torch.arange(len(outputs[i])) % outputs[i].shape[1]) for i in which)
+
+
+@every_structure
+def test_an_output_seen_later_joins_the_fit(structure):
+    model, x = seeded(Heads), randn(6, 3, seed=1)
+    plain = copy.deepcopy(model)
+    rewire.convert(model, "fitted(every=1, decay=0.5, ridge=0.1, cap=0)", feedback=structure, scale=SCALE, seed=SEED)
+    P = draw("lowrank", (4, 2), "normal", seed=SEED) if isinstance(structure, LowRank) else None
+    there = np.ones((4 if P is not None else 6, 4), dtype=bool)
+    if P is None:
+        first = reference(structure, "b", (4, 4), seed=SEED)
+        there = np.concatenate([first, reference(structure, "b@two", (2, 4), seed=SEED, output="@two")]) != 0
+    S = R = 0.0
+    for which in [(0,), (0,), (0, 1), (1,), (0, 1)]:
+        loss(model(x), *which).backward()
+        kept = []
+        twin = copy.deepcopy(plain)
+        twin.b.register_forward_pre_hook(lambda m, args, kept=kept: (args[0].retain_grad(), kept.append(args[0]))[0])
+        outputs = twin(x)
+        for y in outputs:
+            y.retain_grad()
+        loss(outputs, *which).backward()
+        e = [np.zeros(y.shape) if y.grad is None else y.grad.numpy() for y in outputs]
+        e = np.concatenate([e[0] if P is None else e[0] @ P, e[1]], 1)
+        S, R = 0.5 * S + e.T @ e, 0.5 * R + e.T @ kept[0].grad.numpy()
+    fit = np.zeros(there.shape)
+    for f in range(4):
+        heard = np.flatnonzero(there[:, f])
+        fit[heard, f] = np.linalg.solve(ridged(S, 0.1)[np.ix_(heard, heard)], R[heard, f])
+    used = rewire.feedback(model)
+    one, two = np.split(fit, [len(fit) - 2])
+    np.testing.assert_allclose(used["b@one"], one if P is None else P @ one, atol=TOL, rtol=0)
+    np.testing.assert_allclose(used["b@two"], two, atol=TOL, rtol=0)
+
+
+@every_structure
+@every_rule
+def test_passes_of_one_output_and_then_of_two(rule, structure):
+    model, x = seeded(Heads), randn(6, 3, seed=1)
+    rewire.convert(model, rule, feedback=structure)
+    for which in [(0,), (0,), (0,), (0, 1), (1,), (0, 1), (1,), (0, 1)]:
+        loss(model(x), *which).backward()
+    result = rewire.verify(model, (x,), lambda outputs: loss(outputs, 0, 1))
+    assert result.ok, result
+
+
+# -- what learns, and what is kept of it ---------------------------------------------------------------
+
+
+def trained(model, steps, first=0, shape=(6, 5)):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, labels in list(batches(first + steps, shape))[first:]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.to(next(model.parameters()).dtype)), labels).backward()
+        optimizer.step()
+    return model
+
+
+def cnn():
+    return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("per", ["channel", "element"])
+@every_rule
+def test_sparse_feedback_stays_as_sparse_as_it_was_drawn(rule, per):
+    model = seeded(cnn)
+    structure = Sparse(nonzeros=1, per=per)
+    rewire.convert(model, rule, feedback=structure, seed=SEED)
+    trained(model, 7, shape=(6, 2, 4, 4))
+    B = rewire.feedback(model)["2"]
+    assert B.shape == ((4, 3, 3, 3) if per == "element" else (4, 3))
+    start = torch.from_numpy(reference(structure, "2", tuple(B.shape), seed=SEED))
+    assert torch.equal(B != 0, start != 0)
+    assert not torch.allclose(B / B.norm(), start / start.norm())
+    kept = model.get_buffer("2.rewire_B")
+    assert kept.shape == (B[0].numel(), 1) and torch.equal(kept.sort(0).values, B[B != 0][:, None].sort(0).values)
+    size = kept.numel() * (8 + 4)
+    rows = {row.name: row for row in rewire.summary(model).rows}
+    assert rows["2"].feedback_bytes == size
+
+
+@every_rule
+def test_low_rank_feedback_keeps_q_alone(rule):
+    model = seeded(cnn)
+    rewire.convert(model, rule, feedback="lowrank", seed=SEED, layers={"2": f"{rule[:-1]}, feedback=LowRank(rank=3))"})
+    trained(model, 7, shape=(6, 2, 4, 4))
+    assert model.get_buffer("2.rewire_B").shape == (3, 3)
+    assert model.get_buffer("5.rewire_B").shape == (4, 16)  # four outputs are fewer than the rank: all of B
+    P = torch.from_numpy(draw("lowrank", (4, 3), "normal", seed=SEED))
+    torch.testing.assert_close(rewire.feedback(model)["2"], P @ model.get_buffer("2.rewire_B"), atol=1e-12, rtol=0)
+    rows = {row.name: row for row in rewire.summary(model).rows}
+    assert rows["2"].feedback_bytes == 3 * 3 * 8 and rewire.summary(model).common_bytes == 4 * 3 * 8
+
+
+@every_rule
+def test_e_is_squeezed_once_in_a_pass(rule, monkeypatch):
+    """Not once for each layer, nor once more for learning."""
+    calls = []
+    real = Squeeze.__call__
+    monkeypatch.setattr(Squeeze, "__call__", lambda self, *args: (calls.append(self), real(self, *args))[1])
+    model = rewire.convert(mlp((5, 7, 6, 6, 6, 4)), rule, feedback=LowRank(2))
+    trained(model, 5)
+    calls.clear()
+    trained(model, 8, first=5)
+    probes = 8 if "jvp" in rule or "grape" in rule else 0
+    anchors_only = sum((5 + i) % 4 != 0 for i in range(8)) if "grape" in rule else 8
+    assert 8 <= len(calls) <= 8 + probes and len(calls) >= anchors_only + probes
+    assert len({id(one) for one in calls}) == 1
+
+
+def test_gradients_of_gradients_see_e_times_p():
+    """Learning looks at e P before it is handed back, and must not cut it off."""
+    found = []
+    for rule in ("dkp(lr=0, decay=0)", "dfa"):
+        model = rewire.convert(mlp(), rule, feedback=LowRank(2), scale=SCALE)
+        trained(model, 2)
+        x, labels = next(batches(1))
+        out = model(x)
+        (g,) = torch.autograd.grad(F.cross_entropy(out, labels), model[0].weight, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), model[4].weight)[0])
+    assert not torch.equal(found[0], torch.zeros_like(found[0]))
+    torch.testing.assert_close(*found, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@every_structure
+def test_what_is_kept_in_fewer_bits_learns_in_more(structure, dtype):
+    """Steps of one in ten thousand add up."""
+    model = mlp() if dtype is torch.float32 else mlp().to(torch.bfloat16)
+    if dtype is torch.float32:
+        structure = dataclasses.replace(structure, dtype=torch.bfloat16)
+    rewire.convert(model, "dkp(lr=1e-4, decay=1.0)", feedback=structure, scale=SCALE)
+    trained(model, 2)
+    kept = model.get_buffer("4.rewire_B")
+    assert kept.dtype is (torch.float64 if dtype is torch.float32 else torch.float32)
+    before = kept.clone()
+    trained(model, 3)
+    assert not torch.equal(before, model.get_buffer("4.rewire_B"))
+    assert rewire.feedback(model)["4"].dtype is torch.bfloat16
+    assert float((model.get_buffer("4.rewire_B") / before - 1).abs()[before != 0].max()) < 2e-2
+
+
+# -- around it -----------------------------------------------------------------------------------------
+
+
+@every_structure
+@every_rule
+def test_a_state_dict_resumes_to_the_bit_and_copies_go_on_alike(rule, structure):
+    model = trained(rewire.convert(mlp(), rule, feedback=structure), 5)
+    other = rewire.load_config(mlp(seed=5), json.loads(json.dumps(rewire.config(model))))
+    assert other.load_state_dict(model.state_dict()).missing_keys == []
+    copied = copy.deepcopy(model)
+    for each in (model, other, copied):
+        trained(each, 6, first=5)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, other.state_dict()[name]), name
+        assert torch.equal(t, copied.state_dict()[name]), name
+
+
+@every_structure
+def test_what_was_learned_under_another_seed_does_not_load(structure):
+    model = trained(rewire.convert(mlp(), "fitted(every=2)", feedback=structure, seed=1), 3)
+    other = rewire.convert(mlp(), "fitted(every=2)", feedback=structure, seed=2)
+    with pytest.raises(RuntimeError, match=r"'2'.*another seed than 2"):
+        other.load_state_dict(model.state_dict())
+    again = rewire.convert(mlp(), "fitted(every=2)", feedback=structure, seed=1)
+    again.load_state_dict(model.state_dict())
+    dense = trained(rewire.convert(mlp(), "fitted(every=2)", seed=1), 3)  # all of it is there: any seed will do
+    rewire.convert(mlp(), "fitted(every=2)", seed=2).load_state_dict(dense.state_dict())
+
+
+@every_structure
+@every_rule
+def test_verify_alignment_and_restore(rule, structure):
+    model = trained(rewire.convert(mlp(), rule, feedback=structure), 5)
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    x, labels = next(batches(1))
+    loss_fn = lambda out: F.cross_entropy(out, labels)  # noqa: E731
+    assert rewire.verify(model, x, loss_fn).ok
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = rewire.alignment(model, x, loss_fn)
+    assert all(layer.weight_angle is not None for layer in found.layers)
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    plain = mlp().state_dict()
+    model.load_state_dict(plain)
+    rewire.restore(model)
+    assert list(model.state_dict()) == list(plain)
+
+
+def test_verify_finds_a_q_that_does_not_go_with_what_was_handed_back(monkeypatch):
+    from rewire.structures.lowrank import Product
+
+    model = trained(rewire.convert(mlp(), "fitted(every=2)", feedback=LowRank(2)), 5)
+    x, labels = next(batches(1))
+    real = Product.__call__
+    monkeypatch.setattr(Product, "__call__", lambda self, rows: real(self, rows) * 1.01)
+    assert not rewire.verify(model, x, lambda out: F.cross_entropy(out, labels)).ok
+
+
+@every_structure
+def test_for_a_while_by_use_rule(structure):
+    model = trained(rewire.convert(mlp(), "dfa", feedback=structure, scale=SCALE), 2)
+    before = rewire.feedback(model)["4"].clone()
+    with rewire.use_rule(model, "dkp"):
+        trained(model, 3)
+        learned = rewire.feedback(model)["4"]
+        assert not torch.allclose(before, learned)
+    assert torch.equal(rewire.feedback(model)["4"], before)
+    with rewire.use_rule(model, "dkp"):
+        assert torch.equal(rewire.feedback(model)["4"], learned)
+
+
+@every_structure
+def test_compiled_models_run_such_layers_outside_of_the_graph(structure):
+    models = [trained(rewire.convert(mlp(), "dkp", feedback=structure), 3) for _ in range(2)]
+    compiled = torch.compile(models[0], backend="eager")
+    for model, run in zip(models, (compiled, models[1]), strict=True):
+        for x, labels in batches(3, seed=9):
+            model.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", rewire.RewireWarning)
+                F.cross_entropy(run(x), labels).backward()
+    for name, t in models[1].state_dict().items():
+        assert torch.equal(t, models[0].state_dict()[name]), name
+
+
+@pytest.mark.parametrize("rule", ["fitted", "dkp", "grape", "switch(first=bp, then=dkp, at=3)"])
+@pytest.mark.parametrize(
+    ("structure", "why"),
+    [
+        ("shared", "keeps one matrix for all layers"),
+        ("seeded", "keeps nothing"),
+        (Dense("ternary", dtype=torch.int8), "keeps signs"),
+    ],
+)
+def test_what_cannot_learn_says_why_and_what_can(rule, structure, why):
+    model = mlp()
+    message = f"layer '0': .*{why}.*'dense', 'channel'.*'sparse', 'lowrank'$"
+    with pytest.raises(rewire.ConversionError, match=message):
+        rewire.convert(model, rule, feedback=structure)
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(rewire.ConversionError, match=message.replace("'0'", "'2'")):
+        rewire.convert(model, "bp", layers={"2": rule}, feedback=structure)
+    rewire.convert(model, "dfa", feedback=structure)
+    with pytest.raises(rewire.ConversionError, match=why), rewire.use_rule(model, rule):
+        pass
+
+
+def test_a_structure_of_the_rules_own_is_what_counts():
+    with pytest.raises(rewire.ConversionError, match=r"layer '2'.*Seeded\(\) keeps nothing"):
+        rewire.convert(mlp(), "dkp", layers={"2": "fitted(feedback='seeded')"})
+    rewire.convert(mlp(), "fitted(feedback=Sparse())", feedback="seeded", layers={"0": "dfa"})
+
+
+@every_structure
+def test_a_rule_of_ones_own_learns_with_them(structure):
+    """It need not know of structures at all."""
+    seen = []
+
+    class Mine(LearnedDirect):
+        watches = True
+
+        def signal(self, error, targets, axis):
+            return error
+
+        def gather(self, rows: Rows):
+            return {"G": rows.e.T @ rows.summed()}
+
+        def learn(self, B, memory, sums):
+            seen.append(tuple(B.shape))
+            return B + sums["G"]
+
+    Mine.name = "mine"
+    model = rewire.convert(mlp(), Mine(), feedback=structure, scale=SCALE, seed=SEED, output="4")
+    kept = {layer: Kept(structure, layer) for layer in (1, 2)}
+    ours = NumpyMLP(mlp())
+    for x, labels in batches(4):
+        xs, y = ours.forward(x.numpy())
+        e = ours.error(y, labels.numpy())
+        F.cross_entropy(model(x), labels).backward()
+        for layer, each in kept.items():
+            each.M = each.where(each.M + each.shown(e).T @ xs[layer])
+        check_feedback(model, kept)
+    assert set(seen) == {kept[1].M.shape, kept[2].M.shape}
+    assert "mine" not in _registry
+
+
+class Reversed(Structure):
+    """Of one's own; with :attr:`fixed` it says that its plain tensor may learn."""
+
+    per, dtype = "channel", None
+
+    def __init__(self, fixed=None):
+        self._fixed = fixed
+
+    def __repr__(self):
+        return "Reversed()"
+
+    def make(self, place):
+        return Dense(per="channel").make(place).flip(0)
+
+    @property
+    def fixed(self):
+        return super().fixed if self._fixed is None else self._fixed
+
+    def size(self, shape, itemsize):
+        return 0
+
+
+def test_a_structure_of_ones_own():
+    with pytest.raises(rewire.ConversionError, match=r"Reversed\(\) does not say that what it keeps can learn"):
+        rewire.convert(mlp(), "dkp", feedback=Reversed())
+    dense, ours = (
+        trained(rewire.convert(mlp(), "dkp", feedback=feedback, scale=SCALE, seed=SEED), 1)
+        for feedback in (Dense(per="channel"), Reversed(""))
+    )
+    x = randn(3, 5)
+    for model in (dense, ours):
+        with rewire.use_rule(model, "dfa"):
+            model(x).sum().backward()
+    torch.testing.assert_close(rewire.feedback(ours)["4"], model.get_buffer("4.rewire_B").clone())
+    assert not torch.allclose(rewire.feedback(ours)["4"], rewire.feedback(dense)["4"])
+
+
+def test_learned_feedback_that_does_not_fit_any_more_is_said():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(2, 3, 2), nn.Conv2d(3, 5, 2), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))).mean((2, 3)))
+
+    model = rewire.convert(seeded(Pooled), "dkp", scale=SCALE)
+    trained(model, 2, shape=(6, 2, 5, 5))
+    with pytest.warns(rewire.RewireWarning, match=r"'b': .*\(4, 3, 4, 4\), does not fit.*\(4, 3, 5, 5\).*channel"):
+        trained(model, 2, shape=(6, 2, 6, 6))
+
+
+# -- least squares -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1, 40, 2**24])
+def test_least_squares_of_columns_with_different_numbers_of_entries(most, monkeypatch):
+    monkeypatch.setattr(solver, "_MOST", most)
+    E = randn(20, 6, seed=1)
+    S, R = E.T @ E + 0.1 * torch.eye(6, dtype=torch.float64), randn(6, 9, seed=2)
+    mask = randn(6, 9, seed=3) > 0.3
+    mask[:, 4], mask[:, 5], mask[:, 6] = False, True, torch.arange(6) == 2
+    B = least_squares(S, R, mask)
+    for f in range(9):
+        heard = mask[:, f].nonzero()[:, 0].numpy()
+        wanted = np.zeros(6)
+        wanted[heard] = np.linalg.solve(S.numpy()[np.ix_(heard, heard)], R.numpy()[heard, f])
+        np.testing.assert_allclose(B[:, f], wanted, atol=1e-10, rtol=0)
+    assert not least_squares(S, R, torch.zeros_like(mask)).any()
+    torch.testing.assert_close(least_squares(S, R, torch.ones_like(mask)), torch.linalg.solve(S, R))
+
+
+def test_which_structures_learn():
+    assert {name for name, structure in NAMES.items() if structure.fixed} == {"shared", "seeded"}
+    assert Shared().fixed and Seeded("binary").fixed and not LowRank(3).fixed and not Sparse(nonzeros=1).fixed
