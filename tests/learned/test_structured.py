@@ -381,6 +381,16 @@ def test_e_is_squeezed_once_in_a_pass(rule, monkeypatch):
     assert len({id(one) for one in calls}) == 1
 
 
+@every_structure
+def test_nothing_is_made_again_when_something_was_learned(structure):
+    model = rewire.convert(mlp(), "dkp", feedback=structure, scale=SCALE)
+    trained(model, 2)
+    (state,) = states_of(model[4])
+    before = list(map(id, state.made.values()))
+    trained(model, 3)
+    assert before == list(map(id, state.made.values()))
+
+
 def test_gradients_of_gradients_see_e_times_p():
     """Learning looks at e P before it is handed back, and must not cut it off."""
     found = []
@@ -410,6 +420,9 @@ def test_what_is_kept_in_fewer_bits_learns_in_more(structure, dtype):
     trained(model, 3)
     assert not torch.equal(before, model.get_buffer("4.rewire_B"))
     assert rewire.feedback(model)["4"].dtype is torch.bfloat16
+    rows = {row.name: row for row in rewire.summary(model).rows}
+    numbers = 4 if isinstance(structure, Sparse) else 0  # of rows
+    assert rows["4"].feedback_bytes == kept.numel() * (kept.element_size() + 2 + numbers)
     assert float((model.get_buffer("4.rewire_B") / before - 1).abs()[before != 0].max()) < 2e-2
 
 
@@ -529,7 +542,7 @@ def test_a_structure_of_the_rules_own_is_what_counts():
 @every_structure
 def test_a_rule_of_ones_own_learns_with_them(structure):
     """It need not know of structures at all."""
-    seen = []
+    seen, masks = [], []
 
     class Mine(LearnedDirect):
         watches = True
@@ -538,9 +551,12 @@ def test_a_rule_of_ones_own_learns_with_them(structure):
             return error
 
         def gather(self, rows: Rows):
+            masks.append(rows.mask())
             return {"G": rows.e.T @ rows.summed()}
 
         def learn(self, B, memory, sums):
+            assert memory == {} and sums.keys() - {"mask"} == {"G", "samples"}
+            masks.append(sums.get("mask"))
             seen.append(tuple(B.shape))
             return B + sums["G"]
 
@@ -555,7 +571,11 @@ def test_a_rule_of_ones_own_learns_with_them(structure):
         for layer, each in kept.items():
             each.M = each.where(each.M + each.shown(e).T @ xs[layer])
         check_feedback(model, kept)
-    assert set(seen) == {kept[1].M.shape, kept[2].M.shape}
+    assert set(seen) == {kept[1].M.shape, kept[2].M.shape} and masks
+    for mask in masks:
+        layer = next((i for i, width in WIDTH.items() if mask is not None and mask.shape[1] == width), 1)
+        assert (mask is None) == (kept[layer].there is None)
+        assert mask is None or np.array_equal(mask, kept[layer].there)
     assert "mine" not in _registry
 
 
