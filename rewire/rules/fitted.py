@@ -45,8 +45,8 @@ class Fitted(LearnedDirect):
             output, and B takes a least-squares step towards that (:mod:`rewire.rules.jacobian`). Without context.
         sketch: an error with more outputs than this is first summed up into so many numbers, each output under a random
             sign into a random one of them (count sketch).
-        layout, feedback: see :class:`~rewire.rules.base.DirectRule`. With low rank feedback B = P Q, all of this is about
-            e P and Q; with a sparse one the columns of B minimise the above among those that hear the same errors.
+        layout, feedback: see :class:`~rewire.rules.base.DirectRule`. With feedback of low rank, B = P Q, all of this is
+            about e P and Q; with sparse feedback the columns of B minimise the above among those with the same zeros.
     """
 
     source = "rewire"
