@@ -388,6 +388,28 @@ def test_fitted(name: str, feedback: str, context: int) -> None:
         B = at.B  # what one step is off by does not add up to the next
 
 
+@pytest.mark.parametrize(("name", "feedback"), [case for case in cases("picked") if case[1] in ("dense", "channel")])
+@pytest.mark.parametrize("context", [0, 2])
+def test_fitted_takes_the_first_samples_of_a_pass(name: str, feedback: str, context: int) -> None:
+    """All their rows, wherever they lie, and no others."""
+    case = CASES[name]
+    at = Training(case, f"fitted(every=5, ridge=0.1, cap=0, probe=2, context={context})", feedback)
+    x, y = at.batch()
+    seen = look(at.plain, at.name, x, y)
+    at.step(x, y)
+    S = R = 0.0
+    whole = at.whole or not context
+    P = glance(at.state, context, seen.inputs[0].shape[1 if case.whole else -1]).double().numpy() if context else None
+    for x_l, G in zip(seen.inputs, seen.exact, strict=True):
+        for (owner, g), (_, c) in zip(units(case, G, at.whole), units(case, x_l, at.whole), strict=True):
+            if owner < 2:
+                phi = seen.e[owner] if whole else np.kron(seen.e[owner], np.concatenate([[1.0], c @ P]))
+                S, R = S + np.outer(phi, phi), R + np.outer(phi, g)
+    B = np.linalg.solve(ridged(S), R)
+    B = B if whole else B.reshape(CLASSES, 1 + context, -1)[:, 0]
+    np.testing.assert_allclose(at.B, B, atol=1e-8, rtol=0)
+
+
 @pytest.mark.parametrize(("name", "feedback"), cases())
 @pytest.mark.parametrize("normalise", [True, False])
 def test_dkp(name: str, feedback: str, normalise: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import rewire
+from rewire.jvp import _slice
 from rewire.rules.base import LearnedDirect, _registry
 from rewire.rules.grape import Grape
 from rewire.rules.jacobian import corrected, residual
@@ -412,3 +413,13 @@ def test_what_reaches_one_output_says_nothing_about_another(again):
     near = 0.1 if again else 1e-5  # two calls that differ leave noise
     torch.testing.assert_close(B["two@b"], J["b"].detach(), atol=1e-5, rtol=0)
     torch.testing.assert_close(B["two@a"], J["a"].detach(), atol=near, rtol=0)
+
+
+def test_which_inputs_a_part_of_the_batch_is_cut_from():
+    """The first rows of whatever is as long as the first tensor; all else as it is."""
+    x, y, table, number = torch.arange(12).reshape(6, 2), torch.arange(6), torch.arange(4), torch.tensor(6)
+    args, kwargs = _slice(((x, table), {"y": [y], "n": number, "s": "x", "wide": torch.ones(2, 6)}), 4)
+    assert args[0].equal(x[:4]) and args[1] is table
+    assert kwargs["y"][0].equal(y[:4]) and kwargs["n"] is number and kwargs["s"] == "x"
+    assert kwargs["wide"].shape == (2, 6)
+    assert _slice(((x,), {}), 9)[0][0].equal(x)

@@ -234,23 +234,25 @@ def step_with_context(ours, xs, e, kept, C, look):
         ours.W[at], ours.b[at] = ours.W[at] - LR * gW, ours.b[at] - LR * gb
 
 
+@pytest.mark.parametrize("probe", [6, 2])
 @every_structure
-def test_fitted_by_forward_mode(structure):
-    model, ours, optimizer, kept = begin("fitted(by='jvp', every=1)", structure)
+def test_fitted_by_forward_mode(structure, probe):
+    """``probe`` takes the first samples of six."""
+    model, ours, optimizer, kept = begin(f"fitted(by='jvp', every=1, probe={probe})", structure)
     for passes, (x, labels) in enumerate(batches(7)):
         xs, y = ours.forward(x.numpy())
         e = ours.error(y, labels.numpy())
         layer = [1, 2][passes % 2]
-        v = tangent(NAME[layer], passes, xs[layer].shape, seed=SEED)
+        v = tangent(NAME[layer], passes, (probe, WIDTH[layer]), seed=SEED)
         each, wrong = kept[layer], np.zeros_like(kept[layer].M)
-        for s in range(len(x)):
+        for s in range(probe):
             u = each.shown(ours.jacobian(xs, layer, s) @ v[s])
             wrong += np.outer(u - each.M @ v[s], v[s])
         torch_step(model, optimizer, x, labels)
         ours.step(xs, e, {at: other.B for at, other in kept.items()})
         check_weights(model, ours)
         if passes:
-            each.M = each.M + each.where(wrong) / (len(x) + WIDTH[layer])
+            each.M = each.M + each.where(wrong) / (probe + WIDTH[layer])
         check_feedback(model, kept)
 
 
