@@ -22,6 +22,7 @@ import rewire
 from rewire.learning import glance
 from rewire.rules import least_squares as solver
 from rewire.rules.base import LearnedDirect, Rows, _registry
+from rewire.rules.fitted import Fitted
 from rewire.rules.least_squares import least_squares
 from rewire.structures import NAMES, Dense, LowRank, Seeded, Shared, Sparse, Structure
 from rewire.structures.lowrank import Squeeze
@@ -426,6 +427,50 @@ def test_what_is_kept_in_fewer_bits_learns_in_more(structure, dtype):
     numbers = 4 if isinstance(structure, Sparse) else 0  # of rows
     assert rows["4"].feedback_bytes == kept.numel() * (kept.element_size() + 2 + numbers)
     assert float((model.get_buffer("4.rewire_B") / before - 1).abs()[before != 0].max()) < 2e-2
+
+
+@pytest.mark.parametrize("sketch", [8, 100])
+def test_errors_of_many_outputs_are_sketched_and_then_squeezed(sketch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 40)).double()
+    rule = Fitted(sketch=sketch, every=2, ridge=0.1, cap=0)
+    rewire.convert(model, rule, feedback=LowRank(3), seed=SEED)
+    x, y = randn(20, 6), torch.arange(20)
+    twin = copy.deepcopy(rewire.restore(copy.deepcopy(model)))
+    F.cross_entropy(model(x), y).backward()
+    h = twin[1](twin[0](x)).detach().requires_grad_()
+    out = twin[2](h)
+    out.retain_grad()
+    F.cross_entropy(out, y).backward()
+    P = draw("lowrank", (min(sketch, 40), 3), "normal", seed=SEED)
+    e = rule.signal(out.grad, None, 1).numpy() @ P
+    Q = np.linalg.solve(ridged(e.T @ e, 0.1), e.T @ h.grad.numpy())
+    np.testing.assert_allclose(rewire.feedback(model)["2"], P @ Q, atol=TOL, rtol=0)
+
+
+def step_streamed(model, x, labels):
+    rewire.backward_streamed(model, x, lambda out: F.cross_entropy(out, labels))
+
+
+@every_structure
+@every_rule
+def test_streamed(rule, structure):
+    """The second of two forwards is the one that counts."""
+    options = {"feedback": structure, "scale": SCALE, "output": "4", "skip": "cut"}
+    models = [rewire.convert(mlp(), rule, **options) for _ in range(2)]
+    for x, labels in batches(5):
+        models[0].zero_grad()
+        F.cross_entropy(models[0](x), labels).backward()
+        models[1].zero_grad()
+        step_streamed(models[1], x, labels)
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-10, rtol=0)
+            with torch.no_grad():
+                p -= 0.1 * p.grad
+                q -= 0.1 * q.grad
+    for name, B in rewire.feedback(models[0]).items():
+        torch.testing.assert_close(rewire.feedback(models[1])[name], B, atol=1e-10, rtol=0)
 
 
 # -- around it -----------------------------------------------------------------------------------------
