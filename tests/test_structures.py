@@ -901,3 +901,29 @@ def test_local_rules_take_no_notice():
     model = rewire.convert(seeded(chain, 5, 7, 8), "fa", feedback="lowrank")
     model(randn(9, 5)).square().sum().backward()
     assert rewire.feedback(model)["0"].shape == (7, 5)
+
+
+@every
+def test_inputs_of_several_sizes_each_have_their_own_b(structure):
+    """Per element; per channel it is the same at all sizes."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(2, 3, 2), nn.Conv2d(3, 5, 2), nn.Linear(5, 8)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))).mean((2, 3)))
+
+    model = convert(seeded(Pooled), structure, output="head")
+    for size in (5, 6, 5):
+        model.zero_grad()
+        x = randn(4, 2, size, size)
+        model(x).square().sum().backward()
+        h = torch.tanh(model.a(x)).detach()
+        e = rewire.output_error(model)
+        if structure.per == "element":
+            fed = (e @ B_of(structure, "b", (8, *h.shape[1:])).flatten(1)).reshape(h.shape)
+        else:
+            fed = (e @ B_of(structure, "b", (8, 3)))[:, :, None, None].expand(h.shape)
+        close(model.a.weight.grad, nn.grad.conv2d_weight(x, model.a.weight.shape, fed * (1 - h**2)))
