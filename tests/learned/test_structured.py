@@ -309,6 +309,26 @@ def test_an_output_seen_later_joins_the_fit(structure):
     np.testing.assert_allclose(used["b@two"], two, atol=TOL, rtol=0)
 
 
+@pytest.mark.parametrize("structure", [NAMES["dense"], LowRank(2)], ids=["dense", "lowrank"])
+def test_what_was_gathered_of_fewer_outputs_is_left_out(structure):
+    """Two backwards of one forward, the second of which shows an output more."""
+    model, x = seeded(Heads), randn(6, 3, seed=1)
+    plain = copy.deepcopy(model)
+    rewire.convert(model, "fitted(every=1, ridge=0.1, cap=0)", feedback=structure, scale=SCALE, seed=SEED)
+    outputs = model(x)
+    loss(outputs, 0).backward(retain_graph=True)
+    loss(outputs, 1).backward()
+    h = torch.tanh(plain.a(x)).detach().requires_grad_()
+    out = plain.two(torch.tanh(plain.b(h)))
+    out.retain_grad()
+    loss((None, out), 1).backward()
+    S = out.grad.numpy().T @ out.grad.numpy()
+    wide = 4 if structure is NAMES["dense"] else 2  # of the other, whose error is zero
+    S = np.pad(S, (wide, 0))
+    fit = np.linalg.solve(ridged(S, 0.1), np.pad(out.grad.numpy().T @ h.grad.numpy(), ((wide, 0), (0, 0))))
+    np.testing.assert_allclose(rewire.feedback(model)["b@two"], fit[wide:], atol=TOL, rtol=0)
+
+
 @every_structure
 @every_rule
 def test_passes_of_one_output_and_then_of_two(rule, structure):
