@@ -439,6 +439,9 @@ def test_layers_share_p_but_not_q_and_slices_of_one_matrix():
 def test_nonzeros_per_column(structure, k):
     assert ((large(structure) != 0).sum(0) == k).all()
     assert Sparse().per_column(50_000) == 32 and Sparse().per_column(10) == 1
+    # A hundredth, and a density's share, to the nearest whole number.
+    assert [Sparse().per_column(n) for n in (149, 151, 1000, 3149, 3151)] == [1, 2, 10, 31, 32]
+    assert [Sparse(density=0.1).per_column(n) for n in (3, 14, 16)] == [1, 1, 2]
 
 
 def test_sparse_rows_are_a_fair_draw():
