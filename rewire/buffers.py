@@ -6,11 +6,14 @@ made one again.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from rewire.structures import Feedback
 
 if TYPE_CHECKING:
     from rewire.state import LayerState
@@ -30,7 +33,7 @@ def memory_of(state: LayerState, index: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in state.learned.items():
         parts = _NAME.fullmatch(name.removeprefix(state.tag))
-        if parts is not None and parts[1] not in ("B", "passes") and int(parts[2] or 0) == index:
+        if parts is not None and parts[1] not in ("B", "passes", "origin") and int(parts[2] or 0) == index:
             found[parts[1]] = tensor
     return found
 
@@ -54,6 +57,30 @@ def keep_count(state: LayerState) -> None:
     """From now on the number of passes is saved with the module."""
     state.learned.setdefault(f"{state.tag}passes", _counts(state))
     unlink(state)
+
+
+def note_seed(state: LayerState) -> None:
+    """Save with the module which seed what was learned belongs to: a part of B that does not learn is made from it."""
+    name = f"{state.tag}origin"
+    if name not in state.learned:
+        state.learned[name] = _origin(state)
+        unlink(state)
+
+
+def other_seed(state: LayerState, state_dict: dict[str, Any], prefix: str) -> str | None:
+    """What is wrong with feedback about to be loaded that was learned under another seed; None if nothing is."""
+    saved = state_dict.get(f"{prefix}{state.tag}origin")
+    if saved is None or torch.equal(saved.cpu(), _origin(state)):
+        return None
+    return (
+        f"layer {state.label}: what its feedback has learned goes with random numbers of another seed than "
+        f"{state.wiring.seed}, that of this conversion: convert(model, ..., seed=...) as the saved model was"
+    )
+
+
+def _origin(state: LayerState) -> Tensor:
+    digest = hashlib.blake2b(str(state.wiring.seed).encode(), digest_size=8).digest()
+    return torch.tensor(int.from_bytes(digest, "little", signed=True))
 
 
 def _counts(state: LayerState) -> Tensor:
@@ -106,5 +133,5 @@ def relink(state: LayerState, module: nn.Module) -> None:
 def _drop_copies(state: LayerState) -> None:
     """Forget copies of B in other dtypes or on other devices."""
     ours = {id(tensor) for tensor in state.learned.values()}
-    if any(id(B) not in ours for B in state.made.values()):
+    if any(id(B.own if isinstance(B, Feedback) else B) not in ours for B in state.made.values()):
         state.forget_routes()

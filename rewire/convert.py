@@ -230,13 +230,14 @@ def _check_structure(rule: Rule) -> None:
 
 
 def _check_learns(state: LayerState, rule: Rule | None = None) -> None:
-    """Feedback that learns is a matrix of its own, not one that structures make."""
+    """Feedback that learns has to keep something of its own."""
     for part in parts_of(state.given if rule is None else rule):
         structure = state.structure(part)
-        if isinstance(part, LearnedDirect) and not isinstance(structure, structures.Dense):
+        if isinstance(part, LearnedDirect) and structure.fixed:
+            able = ", ".join(repr(name) for name, other in structures.NAMES.items() if not other.fixed)
             raise ConversionError(
-                f"layer {state.label}: {part!r} learns all of B, which feedback {structure!r} does not keep: use "
-                "'dense', 'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
+                f"layer {state.label}: {part!r} learns its feedback, and {structure!r} {structure.fixed}. Use one of "
+                f"{able}"
             )
 
 

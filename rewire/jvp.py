@@ -15,6 +15,7 @@ Probes are taken by a hook on the module that was converted: parts of it that ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import get_ident
 from typing import Any, cast
 
@@ -205,20 +206,35 @@ def probe(
         before.put_back()
     wiring.probe_count += 1
     for state, index, v in seen.put:
-        for output, u in seen.arrived:
-            _gather(state, index, v, output, u)
+        for arrived in _side_by_side(seen.arrived):
+            _gather(state, index, v, arrived)
 
 
-def _gather(state: LayerState, index: int, v: Tensor, output: LayerState, u: Tensor) -> None:
-    """Let the rule sum up what one tangent has become at one output."""
+def _side_by_side(arrived: list[tuple[LayerState, Tensor]]) -> list[list[tuple[LayerState, Tensor]]]:
+    """What came of a tangent at all output layers, each of them once in each list.
+
+    One called less often than another is in several lists with the same: nothing there would say that the layer has no
+    effect on it.
+    """
+    calls: dict[LayerState, list[Tensor]] = {}
+    for output, u in arrived:
+        calls.setdefault(output, []).append(u)
+    most = max(map(len, calls.values()), default=0)
+    return [[(output, of[i % len(of)]) for output, of in calls.items()] for i in range(most)]
+
+
+def _gather(state: LayerState, index: int, v: Tensor, arrived: list[tuple[LayerState, Tensor]]) -> None:
+    """Let the rule sum up what one tangent has become at the output layers."""
     rule = state.rule
     assert isinstance(rule, LearnedDirect)
-    error = OutputError(output, output.kind.axis(u.dim()), None)
-    error.deliver(u)  # so that u takes the way of an error, from the output's rows to the input's
-    wide = torch.float64 if v.dtype is torch.float64 else torch.float32
+    errors = [OutputError(output, output.kind.axis(u.dim()), None) for output, u in arrived]
+    for error, (_, u) in zip(errors, arrived, strict=True):
+        error.deliver(u)  # so that u takes the way of an error, from the output's rows to the input's
+    x = learning.Like(v.shape, v.dtype, v.device)
+    wide = x.wide
     with torch.no_grad():
-        behind = learning.behind_one_another(state, rule, [error], v.shape, None)
-        rows = learning.together(state, rule, [error], index, v.shape, wide, None, behind)
+        behind = learning.behind_one_another(state, rule, errors, v.shape, None)
+        rows = learning.together(state, rule, errors, index, x, wide, None, behind)
         if rows is None:
             return
         v = v.to(wide)
@@ -229,7 +245,7 @@ def _gather(state: LayerState, index: int, v: Tensor, output: LayerState, u: Ten
         if learning.has_values_for_elements(state, index):
             rows = learning.per_image(rows, images)
             elements = learning.in_order(v.reshape(images, -1), behind)
-        seen = Rows(e=rows, exact=flat, seen=None, wide=elements)
+        seen = Rows(e=rows, exact=flat, seen=None, wide=elements, mask=partial(learning.mask_of, state, index))
         learning.add(state, index, rule.observe(seen, learning.joined(state, index).to(wide)))
 
 

@@ -7,15 +7,15 @@ rule has the weight's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rewire import buffers
-from rewire.errors import PassError
 from rewire.feedback import quick_normal, standard_normal, streams
-from rewire.rules.base import LocalRule, Rule
+from rewire.rules.base import LocalRule
 from rewire.structures import Feedback, Place, Structure
 
 if TYPE_CHECKING:
@@ -32,46 +32,44 @@ def B_of(
     device: torch.device,
 ) -> Tensor | Feedback:
     """B of a direct rule: its entries have standard deviation ``scale``, or 1 while that is not known."""
-    if state.learns:
-        name = buffers.name_of(state, "B", index, output)
-        held = state.learned.get(name)
-        if held is None or held.shape != shape:
-            wide = torch.promote_types(dtype, torch.float32)
-            made = _drawn(state, structure, output, index, shape, wide, device)
-            held = state.learned[name] = _plain(made, state.rule, state.label)
-            buffers.unlink(state)
-        return held.to(device=device, dtype=dtype)
-    return _drawn(state, structure, output, index, shape, dtype, device)
-
-
-def _drawn(
-    state: LayerState,
-    structure: Structure,
-    output: str,
-    index: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | Feedback:
     wiring = state.wiring
     stream, suffix = streams(state.name, index, output, wiring.outputs)
     scale = 1.0 if state.scale is None else state.scale
-    return structure.make(Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common))
+    place = Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common)
+    if not state.learns:
+        return structure.make(place)
+    name = buffers.name_of(state, "B", index, output)
+    held = state.learned.get(name)
+    needed = structure.own_shape(shape)
+    if held is None or held.shape != needed:
+        if held is not None:
+            state.wiring.warn_once(
+                f"anew:{state.name}",
+                f"layer {state.label}: what its feedback has learned, of shape {tuple(held.shape)}, does not fit, as "
+                f"{needed} is needed here: it starts anew. Inputs of several sizes want feedback='channel'",
+            )
+        wide = torch.promote_types(dtype, torch.float32)
+        # Small steps would be lost in what a structure keeps in few bits.
+        held = state.learned[name] = structure.draw(replace(place, dtype=wide)).to(wide)
+        buffers.unlink(state)
+    made = structure.around(place, held)
+    if isinstance(made, Feedback):
+        buffers.note_seed(state)
+    return made
 
 
-def _plain(B: Tensor | Feedback, rule: Rule, label: str) -> Tensor:
-    """B, if it is a tensor that can learn."""
-    if isinstance(B, Feedback):
-        raise PassError(
-            f"layer {label}: {rule!r} learns all of B, which {type(B).__name__} does not keep: use feedback='dense', "
-            "'channel', 'uniform', 'orthogonal', 'binary' or 'ternary'"
-        )
-    return B
+def made_for(
+    state: LayerState,
+    output: str,
+    index: int,
+    shape: tuple[int, ...],
+    like: tuple[torch.dtype, torch.device] | None = None,
+) -> Tensor | Feedback:
+    """B for one input and output layer, of the dtype and on the device of ``like``.
 
-
-def made_for(state: LayerState, output: str, index: int, shape: tuple[int, ...]) -> Tensor | Feedback:
-    """B for one input and output layer, as the last pass needed it; float32 on the CPU if none of this process did."""
-    dtype, device = state.kept_as.get((output, index), (torch.float32, torch.device("cpu")))
+    Without that as the last pass needed it; float32 on the CPU if none of this process did.
+    """
+    dtype, device = like or state.kept_as.get((output, index), (torch.float32, torch.device("cpu")))
     key = (state.structures[output, index], output, index, shape, dtype, device)
     if key not in state.made:
         state.made[key] = B_of(state, *key)
@@ -79,7 +77,7 @@ def made_for(state: LayerState, output: str, index: int, shape: tuple[int, ...])
 
 
 def held_B(state: LayerState, output: str, index: int) -> Tensor:
-    """The B that learns; every other copy is made from it."""
+    """What learns of B, which is all of it or what its structure keeps; every copy is made from it."""
     name = buffers.name_of(state, "B", index, output)
     if name not in state.learned:
         made_for(state, output, index, state.shapes[output, index])

@@ -13,6 +13,8 @@ behind one another), they are put so before a rule sees them, and what it learns
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +23,9 @@ from torch import Tensor
 from rewire.buffers import memory_of, remember
 from rewire.distributed import Groups, sum_tensors_over_ranks
 from rewire.feedback import standard_normal
-from rewire.layer_feedback import held_B
+from rewire.layer_feedback import held_B, made_for
 from rewire.rules.base import DirectRule, LearnedDirect, Rows
+from rewire.structures import Feedback
 from rewire.ways import find, plan
 
 if TYPE_CHECKING:
@@ -73,24 +76,47 @@ def unflat(rows: Tensor, shape: torch.Size, axis: int) -> Tensor:
     return rows.reshape(*lead, shape[axis]).movedim(-1, axis).contiguous()
 
 
+@dataclass(frozen=True)
+class Like:
+    """Shape, dtype and device of a layer's input x."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What sums are formed in."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+
+def shown(state: LayerState, error: OutputError, index: int, signal: Tensor, x: Like) -> Tensor:
+    """What a rule that learns is shown of a signal: what the structure of B leaves to be learned from."""
+    shape = state.shapes[error.state.name, index]
+    B = made_for(state, error.state.name, index, shape, (x.dtype, x.device))
+    return B.shown(signal, error.axis, error.shared) if isinstance(B, Feedback) else signal
+
+
 def errors_as_rows(
     state: LayerState,
     rule: LearnedDirect,
     error: OutputError,
     index: int,
-    shape: torch.Size,
+    x: Like,
     dtype: torch.dtype,
     pick: Pick | None,
     behind: Behind = None,
 ) -> Tensor:
     """e as rows (N, n), in the order of the rows of x; each serves a run of M/N of those.
 
+    With a structure that squeezes e, n is what is left.
+
     Args:
-        shape: of x.
         behind: how the rows of x will be put in order before they meet those of e.
     """
+    shape = x.shape
     same = pick is not None and error.pick is not None and pick.same(error.pick)
-    signal = error.signal(rule) if same else error.whole(rule)
+    signal = shown(state, error, index, error.signal(rule) if same else error.whole(rule), x)
     whole = pick.whole(shape) if pick is not None and not same else shape
     structure = state.structure(rule).routing
     route = plan(state, rule, error, whole, signal.shape, structure)
@@ -117,19 +143,19 @@ def together(
     rule: LearnedDirect,
     errors: list[OutputError],
     index: int,
-    shape: torch.Size,
+    x: Like,
     dtype: torch.dtype,
     pick: Pick | None,
     behind: Behind = None,
 ) -> Tensor | None:
     """The errors of all output layers that arrived, as rows (N, n) side by side; None if there are none."""
+    known = [output for output, i in state.shapes if i == index]
     parts: dict[str, Tensor] = {}
     for error in errors:
-        if error.error is not None and error.here():
-            parts[error.state.name] = errors_as_rows(state, rule, error, index, shape, dtype, pick, behind)
+        if error.error is not None and error.here() and error.state.name in known:
+            parts[error.state.name] = errors_as_rows(state, rule, error, index, x, dtype, pick, behind)
     if not parts:
         return None
-    known = [output for output, i in state.shapes if i == index]
     if known == list(parts):
         rows = list(parts.values())
         if len(rows) == 1:
@@ -137,8 +163,13 @@ def together(
     most = max(len(rows) for rows in parts.values())  # errors of different grids: rows are repeated
     parts = {output: rows.repeat_interleave(most // len(rows), 0) for output, rows in parts.items()}
     first = next(iter(parts.values()))
-    widths = {output: state.shapes[output, index][0] for output in known}
+    widths = {output: rows_of(state, output, index) for output in known}
     return torch.cat([parts.get(o, first.new_zeros(most, widths[o])) for o in known], 1)
+
+
+def rows_of(state: LayerState, output: str, index: int) -> int:
+    """How many rows B has for a rule that learns: what it is shown of that output layer's e."""
+    return state.structures[output, index].heard(state.shapes[output, index])
 
 
 def behind_one_another(
@@ -210,10 +241,11 @@ def hand_back(
     C = memory_of(state, index).get("C")
     if C is not None or rule.watches:
         find_shapes(state, rule, errors, index, shape, dtype, device, pick)
+    x = Like(shape, dtype, device)
     if C is not None and rule.context:
-        e = together(state, rule, errors, index, shape, dtype, pick)
+        e = together(state, rule, errors, index, x, dtype, pick)
     if rule.watches and not state.wiring.rests:
-        gather(state, rule, errors, index, shape, None, pick, seen, dtype)
+        gather(state, rule, errors, index, x, None, pick, seen)
     fed = state.hand_back(rule, errors, index, shape, dtype, device, pick)  # lets go of e
     if e is None or fed is None or C is None:
         return fed
@@ -233,7 +265,7 @@ def study(
     """Let a rule whose feedback learns see the exact gradient of a pass."""
     assert isinstance(rule, LearnedDirect)
     find_shapes(state, rule, errors, index, exact.shape, exact.dtype, exact.device, pick)
-    gather(state, rule, errors, index, exact.shape, exact, pick, seen, exact.dtype)
+    gather(state, rule, errors, index, Like(exact.shape, exact.dtype, exact.device), exact, pick, seen)
 
 
 def gather(
@@ -241,11 +273,10 @@ def gather(
     rule: LearnedDirect,
     errors: list[OutputError],
     index: int,
-    shape: torch.Size,
+    x: Like,
     exact: Tensor | None,
     pick: Pick | None,
     seen: Tensor | None,
-    dtype: torch.dtype,
 ) -> None:
     """Let the rule sum up what this pass shows of one layer input. Called in the backward.
 
@@ -253,12 +284,14 @@ def gather(
         exact: backprop's own gradient of the input; None in passes that the rule fed back.
         seen: what :func:`look` made of the input.
     """
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    shape, wide = x.shape, x.wide
+    behind = behind_one_another(state, rule, errors, shape, pick)
+    # With gradients on if they are: what is made of e on the way is kept for what is handed back.
+    e = together(state, rule, errors, index, x, wide, pick, behind)
+    if e is None:
+        return
     with torch.no_grad():
-        behind = behind_one_another(state, rule, errors, shape, pick)
-        e = together(state, rule, errors, index, shape, wide, pick, behind)
-        if e is None:
-            return
+        e = e.detach()
         axis = state.kind.axis(len(shape))
         images = shape[0] if axis == 1 else 1
         whole = has_values_for_elements(state, index)
@@ -274,6 +307,7 @@ def gather(
             wide=in_order(wanted.detach().to(wide).reshape(images, -1), behind)
             if whole and wanted is not None
             else None,
+            mask=partial(mask_of, state, index),
         )
         sums = rule.gather(rows)
         add(state, index, {**sums, "samples": e.new_full((), len(e))})
@@ -305,7 +339,7 @@ def add(state: LayerState, index: int, sums: Sums) -> None:
 
 def width(state: LayerState, index: int) -> int:
     """How many outputs B has, those of all output layers seen so far."""
-    return sum(needed[0] for (_, i), needed in state.shapes.items() if i == index)
+    return sum(rows_of(state, output, i) for output, i in state.shapes if i == index)
 
 
 def step(wiring: Wiring) -> bool:
@@ -344,10 +378,42 @@ def _sum_over_ranks(learners: list[LayerState], groups: Groups) -> None:
         state.gathered[index] = {name: next(summed) for name in sorted(state.gathered[index])}
 
 
+@dataclass(frozen=True)
+class Part:
+    """What learns of B for one input and one output layer, and the B it is a part of, perhaps in another dtype."""
+
+    own: Tensor
+    B: Tensor | Feedback
+
+    @property
+    def matrix(self) -> Tensor:
+        """What the rule knows as B."""
+        return self.B.as_matrix(self.own) if isinstance(self.B, Feedback) else self.own.flatten(1)
+
+    def become(self, matrix: Tensor) -> None:
+        """Take what the rule has made of it."""
+        new = self.B.from_matrix(matrix) if isinstance(self.B, Feedback) else matrix
+        self.own.copy_(new.reshape(self.own.shape))
+
+
+def parts_of_B(state: LayerState, index: int) -> list[Part]:
+    """Those of one input, by output layer."""
+    places = [(output, index, state.shapes[output, index]) for output, i in state.shapes if i == index]
+    return [
+        Part(held_B(state, output, index), made_for(state, output, index, shape)) for output, index, shape in places
+    ]
+
+
 def joined(state: LayerState, index: int) -> Tensor:
     """B of one input, (n, features or elements), of all output layers side by side."""
-    held = [held_B(state, output, index) for output, i in state.shapes if i == index]
-    return torch.cat([b.flatten(1) for b in held])
+    return torch.cat([part.matrix for part in parts_of_B(state, index)])
+
+
+def mask_of(state: LayerState, index: int) -> Tensor | None:
+    """Where :func:`joined` has entries, if not everywhere."""
+    masks = [part.B.mask() if isinstance(part.B, Feedback) else None for part in parts_of_B(state, index)]
+    found = [mask for mask in masks if mask is not None]
+    return torch.cat(found) if found and len(found) == len(masks) else None
 
 
 def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> None:
@@ -360,14 +426,16 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
         return
     if state.gathered_of.get(index) != width(state, index):
         return  # an output layer was seen for the first time since
-    held = [held_B(state, output, index) for output, i in state.shapes if i == index]
-    B = joined(state, index).to(next(iter(sums.values())).dtype)
+    parts = parts_of_B(state, index)
+    matrices = [part.matrix for part in parts]
+    B = torch.cat(matrices).to(next(iter(sums.values())).dtype)
+    mask = mask_of(state, index)
     memory = memory_of(state, index)
     for name in memory.keys() & sums.keys():  # to earlier passes the error of an output layer seen later was zero
         memory[name] = padded(memory[name], sums[name].shape)
-    made = rule.learn(B, memory, sums)
-    for b, part in zip(held, torch.split(made, [len(b) for b in held]), strict=True):
-        b.copy_(part.reshape(b.shape))
+    made = rule.learn(B, memory, sums if mask is None else {**sums, "mask": mask.to(B.device)})
+    for part, new in zip(parts, torch.split(made, [len(matrix) for matrix in matrices]), strict=True):
+        part.become(new)
     remember(state, index, memory)
 
 

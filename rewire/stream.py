@@ -30,7 +30,7 @@ from rewire.pieces import Edge, Plan, SeenCall, SeenWall, Step, plan
 from rewire.preview import call as call_model
 from rewire.replay import Before
 from rewire.roles import Role
-from rewire.rules.base import DirectRule
+from rewire.rules.base import DirectRule, parts_of
 from rewire.state import LayerState
 from rewire.stepper import Stepper, check_optimizer
 from rewire.streaming import Stream, streaming
@@ -117,7 +117,8 @@ def backward_streamed(
                 found = _first(wiring, forward)
                 before.put_back()
                 if found is not None:
-                    return _second(wiring, found, forward, optimizer)
+                    with _one_pass(wiring):
+                        return _second(wiring, found, forward, optimizer)
             except BaseException:
                 before.put_back_buffers()
                 raise
@@ -369,7 +370,7 @@ def _wiring(model: nn.Module) -> Wiring:
     if len(wirings) > 1:
         raise ConversionError("parts of the model were converted separately: convert it as one to stream it")
     (wiring,) = wirings.values()
-    if not any(isinstance(state.rule, DirectRule) for state in wiring.layers.values()):
+    if not any(isinstance(part, DirectRule) for state in wiring.layers.values() for part in parts_of(state.given)):
         raise ConversionError(
             "no layer is under a direct rule: backward_streamed is for rules such as 'dfa', whose feedback does not "
             "wait for the layers above"
@@ -391,6 +392,16 @@ def _checkpointed() -> bool:
     """Whether what is saved now goes to ``torch.utils.checkpoint``."""
     hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+@contextmanager
+def _one_pass(wiring: Wiring) -> Iterator[None]:
+    """The second forward begins no other pass: what the first has shown is taken in by the next one."""
+    shown, wiring.unsettled = wiring.unsettled, False
+    try:
+        yield
+    finally:
+        wiring.unsettled = wiring.unsettled or shown
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -148,6 +150,16 @@ def _element(module: nn.Module) -> int:
     return next((p.element_size() for p in module.parameters()), 4)
 
 
+def _size(rule: DirectRule, structure: Structure, shape: tuple[int, ...], module: nn.Module) -> int:
+    """Bytes kept for one B; what learns is kept in more than 16 bits, beside what is used."""
+    size = structure.size(shape, _element(module))
+    own = next((p.dtype for p in module.parameters()), torch.float32)
+    wide = torch.promote_types(own, torch.float32)
+    if not rule.learns or wide is (structure.dtype or own):
+        return size
+    return size + math.prod(structure.own_shape(shape)) * wide.itemsize
+
+
 def _common(model: nn.Module, expected: Shapes | None) -> int:
     """Bytes that structures of feedback keep once for several layers."""
     needed: dict[tuple[int, Structure, str, int], list[tuple[int, ...]]] = {}
@@ -192,7 +204,7 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
         elif shapes := state.shapes or (expected or {}).get(state.name, {}):
             shape = next(iter(shapes.values()))
             structures = [state.structures.get(place, state.structure()) for place in shapes]
-            size = sum(s.size(shape, _element(module)) for s, shape in zip(structures, shapes.values(), strict=True))
+            size = sum(_size(rule, s, shape, module) for s, shape in zip(structures, shapes.values(), strict=True))
             if structures[0] not in _PLAIN:
                 notes.append(repr(structures[0]))
             if not state.shapes:

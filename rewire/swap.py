@@ -104,6 +104,8 @@ def _keeping(parent: Any) -> dict[str, Any]:
         states = states_of(self)
         tags = [state.tag for state in states if state.saves and state.learner is None]
         learned.load(self, parent, tags, state_dict, prefix, *rest)
+        wrong = [buffers.other_seed(state, state_dict, prefix) for state in states if state.saves]
+        rest[-1].extend(filter(None, wrong))  # what load_state_dict raises
         for state in states:
             buffers.relink(state, self)
             if state.learner is not None:

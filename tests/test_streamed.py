@@ -840,3 +840,34 @@ def test_a_hidden_layer_the_loss_sees_directly():
     with pytest.raises(rewire.PassError, match="'b' got a gradient"):
         loss_of(model(x8)).backward()
     refused("'b' got a gradient", model, kind=rewire.PassError)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "dkp",
+        "grape(every=2, anchor=3)",
+        "fitted(every=2)",
+        "fitted(by='jvp', every=1)",
+        "switch(first='sdfa', then='dfa', at=3)",
+        "anchored(rule='dfa', every=2)",  # passes under bp, too, are ordinary ones
+    ],
+)
+def test_two_forwards_are_one_pass(rule):
+    """For what learns from passes, and for what counts them."""
+    models = [rewire.convert(seeded(chain, 5, 7, 6, 4), rule, skip="cut", scale=0.3, output="4") for _ in range(2)]
+    for step in range(6):
+        x, labels = randn(8, 5, seed=step), torch.arange(8) % 4
+        for model in models:
+            model.zero_grad()
+        F.cross_entropy(models[0](x), labels).backward()
+        rewire.backward_streamed(models[1], x, lambda out, labels=labels: F.cross_entropy(out, labels))
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, atol=1e-10, rtol=0)
+            with torch.no_grad():
+                p -= 0.1 * p.grad
+                q -= 0.1 * q.grad
+        states = [{k: v for k, v in model.state_dict().items() if "rewire_" in k} for model in models]
+        assert states[0].keys() == states[1].keys() and states[0]
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value, atol=1e-10, rtol=0)

@@ -28,7 +28,7 @@ import rewire
 from rewire.rules.direct import DFA, SDFA
 from rewire.structures import NAMES, Dense, Feedback, LowRank, Seeded, Shared, Sparse, Structure, resolve
 from rewire.structures.seeded import blocks
-from rewire.structures.sparse import distinct
+from rewire.structures.sparse import Lanes, distinct
 from rewire.swap import state_of
 
 from .plain import chain, randn, seeded
@@ -439,6 +439,10 @@ def test_layers_share_p_but_not_q_and_slices_of_one_matrix():
 def test_nonzeros_per_column(structure, k):
     assert ((large(structure) != 0).sum(0) == k).all()
     assert Sparse().per_column(50_000) == 32 and Sparse().per_column(10) == 1
+    # A hundredth, and a density's share, to the nearest whole number.
+    assert [Sparse().per_column(n) for n in (149, 151, 1000, 3149, 3151)] == [1, 2, 10, 31, 32]
+    assert [Sparse(density=0.1).per_column(n) for n in (3, 14, 16)] == [1, 1, 2]
+    assert Sparse(density=1).per_column(7) == 7
 
 
 def test_sparse_rows_are_a_fair_draw():
@@ -449,6 +453,35 @@ def test_sparse_rows_are_a_fair_draw():
     assert ((counts - 2000) ** 2 / 2000).sum() < 27.9  # 0.1 %
     everything = distinct(6, 6, 50, stream("all", (1,), "test"))
     assert (np.sort(everything, 1) == np.arange(6)).all()
+
+
+def test_sparse_lays_e_out_once_in_a_pass(monkeypatch):
+    """Each feature in one piece, so that no layer has to copy it again."""
+    made = []
+    real = Lanes.__call__
+    monkeypatch.setattr(Lanes, "__call__", lambda self, *args: (made.append(real(self, *args)), made[-1])[1])
+    model = convert(seeded(chain, 5, 7, 6, 9, 8), Sparse(nonzeros=2), output="6")
+    for passes in (1, 2, 3):
+        model(randn(9, 5)).square().sum().backward()
+        assert len(made) == passes
+    assert all(e.shape == (9, 8) and e.t().is_contiguous() for e in made)
+    assert Lanes(torch.float64)(randn(2, 3, 4), 1).movedim(1, 0).is_contiguous()
+    (B,) = state_of(model[4]).made.values()
+    assert B(made[0]).is_contiguous()
+
+
+def test_sparse_layers_that_keep_other_dtypes_do_not_share_e():
+    """One of float32 below one of float64."""
+    wide, narrow = Sparse(nonzeros=2), Sparse(nonzeros=2, dtype=torch.float32)
+    model = convert(seeded(chain, 5, 7, 6, 8), wide, layers={"2": DFA(feedback=narrow)})
+    x = randn(9, 5)
+    W0, b0, W1, b1, *_ = [p.detach() for p in model.parameters()]
+    h1 = torch.tanh(x @ W0.T + b0)
+    h2 = torch.tanh(h1 @ W1.T + b1)
+    model(x).square().sum().backward()
+    e = rewire.output_error(model)
+    close(model[0].weight.grad, ((e @ B_of(narrow, "2", (8, 7))) * (1 - h1**2)).T @ x)
+    close(model[2].weight.grad, ((e @ B_of(wide, "4", (8, 6))) * (1 - h2**2)).T @ h1)
 
 
 # -- seeded ------------------------------------------------------------------------------------------
@@ -881,6 +914,7 @@ def test_a_rule_class_with_a_wrong_structure_is_refused():
         (lambda: Sparse(density=0.1, nonzeros=3), "not both"),
         (lambda: Sparse(density=0.0), "density is a number above 0"),
         (lambda: Sparse(density=1.5), "density is a number above 0"),
+        (lambda: Sparse(density=True), "density is a number above 0"),
         (lambda: Sparse(nonzeros=2.0), "nonzeros is a positive int"),
         (lambda: Seeded("orthogonal"), "distribution is one of"),
     ],
@@ -901,3 +935,29 @@ def test_local_rules_take_no_notice():
     model = rewire.convert(seeded(chain, 5, 7, 8), "fa", feedback="lowrank")
     model(randn(9, 5)).square().sum().backward()
     assert rewire.feedback(model)["0"].shape == (7, 5)
+
+
+@every
+def test_inputs_of_several_sizes_each_have_their_own_b(structure):
+    """Per element; per channel it is the same at all sizes."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(2, 3, 2), nn.Conv2d(3, 5, 2), nn.Linear(5, 8)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))).mean((2, 3)))
+
+    model = convert(seeded(Pooled), structure, output="head")
+    for size in (5, 6, 5):
+        model.zero_grad()
+        x = randn(4, 2, size, size)
+        model(x).square().sum().backward()
+        h = torch.tanh(model.a(x)).detach()
+        e = rewire.output_error(model)
+        if structure.per == "element":
+            fed = (e @ B_of(structure, "b", (8, *h.shape[1:])).flatten(1)).reshape(h.shape)
+        else:
+            fed = (e @ B_of(structure, "b", (8, 3)))[:, :, None, None].expand(h.shape)
+        close(model.a.weight.grad, nn.grad.conv2d_weight(x, model.a.weight.shape, fed * (1 - h**2)))

@@ -21,13 +21,15 @@ from rewire.buffers import memory_of
 from rewire.diagnose.watch import Layer, Randomness, Seen
 from rewire.errors import RoutingError
 from rewire.feedback import quick_normal, standard_normal
-from rewire.learning import glance
+from rewire.layer_feedback import made_for
+from rewire.learning import glance, rows_of
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule, Rule
 from rewire.rules.direct import DFA, SDFA, Shallow
 from rewire.rules.learned_local import KP, LDFA, PFA, WM
 from rewire.rules.local import BRSF, FA, FRSF, USF
 from rewire.state import LayerState
+from rewire.structures import Feedback
 from rewire.targets import current_targets
 
 # -- direct rules --------------------------------------------------------------------------------------
@@ -113,11 +115,13 @@ def context(state: LayerState, index: int, x: Tensor, sent: tuple[Tensor, int], 
     if C is None:
         return torch.zeros_like(x)
     e, axis = sent
-    widths = {name: needed[0] for (name, i), needed in state.shapes.items() if i == index}
+    widths = {name: rows_of(state, name, index) for name, i in state.shapes if i == index}
     if output not in widths or len(C) != sum(widths.values()):
         return None
     C = torch.split(C, list(widths.values()))[list(widths).index(output)]
     features = state.kind.axis(x.dim())
+    B = made_for(state, output, index, state.shapes[output, index])
+    e = B.shown(e, axis, {}) if isinstance(B, Feedback) else e
     rows = e.movedim(axis, -1).reshape(-1, e.shape[axis]).to(C.dtype)
     seen = x.detach().movedim(features, -1)
     flat = seen.reshape(-1, seen.shape[-1]).to(C.dtype)

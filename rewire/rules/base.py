@@ -231,18 +231,21 @@ class Rows:
     """What one pass shows of one layer input, as a :class:`LearnedDirect` rule is given it.
 
     Attributes:
-        e: signals (N, n); with several output layers side by side, zeros where none arrived.
+        e: signals (N, n); with several output layers side by side, zeros where none arrived. Where B = P Q and Q learns
+            (:class:`~rewire.structures.LowRank`), signals times P.
         exact: backprop's own gradient of the input, (M, features), M a multiple of N: each row of e belongs to a run of
             M/N rows. None in passes that were fed back.
         seen: x P, (M, context), or for a rule that ``watches``, x, (M, features).
         wide: ``exact`` (or, for a rule that watches, x) as (images, elements) where B has a value for every element of
             an image, and each row of e belongs to a run of images; else None.
+        mask: a function: where B may have entries, (n, features) or (n, elements) bool; None: everywhere.
     """
 
     e: Tensor
     exact: Tensor | None
     seen: Tensor | None
     wide: Tensor | None
+    mask: Callable[[], Tensor | None] = lambda: None
 
     @property
     def run(self) -> int:
@@ -264,6 +267,9 @@ class Rows:
 
 class LearnedDirect(DirectRule):
     """A direct rule whose B changes in training, by what passes show: see :mod:`rewire.learning`.
+
+    B is what the structure of the feedback lets a rule learn: all of it; or Q of B = P Q, e P being what the rule is
+    shown as e; or a B some of whose entries are zero, and stay so.
 
     Attributes:
         watches: wants the layer's input in every pass.
@@ -314,7 +320,8 @@ class LearnedDirect(DirectRule):
             memory: tensors of the rule's own to keep from one call to the next, empty at first; changed in place. Saved
                 with the model.
             sums: what :meth:`gather` and :meth:`observe` gave, added up, and ``samples``, the number of rows of e that
-                were gathered (absent if none were).
+                were gathered (absent if none were). Where B may have some entries only, ``mask``, of B's shape, says
+                which: others are dropped from what is returned.
         """
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from rewire.errors import ConversionError
 from rewire.feedback import standard_normal
 from rewire.rules import jacobian
 from rewire.rules.base import LearnedDirect, Rows, register_rule
+from rewire.rules.least_squares import least_squares
 from rewire.structures import Structure
 
 BY = ("gradients", "jvp")
@@ -44,7 +45,8 @@ class Fitted(LearnedDirect):
             output, and B takes a least-squares step towards that (:mod:`rewire.rules.jacobian`). Without context.
         sketch: an error with more outputs than this is first summed up into so many numbers, each output under a random
             sign into a random one of them (count sketch).
-        layout, feedback: see :class:`~rewire.rules.base.DirectRule`. B has to be kept whole: a ``Dense`` structure.
+        layout, feedback: see :class:`~rewire.rules.base.DirectRule`. With feedback of low rank, B = P Q, all of this is
+            about e P and Q; with sparse feedback the columns of B minimise the above among those with the same zeros.
     """
 
     source = "rewire"
@@ -122,7 +124,7 @@ class Fitted(LearnedDirect):
             c = torch.cat([c.new_ones(N, places, 1), c], 2)
         else:
             # What B leaves over, by a fit to this pass alone: the C of all anchors is not known here.
-            left = G - (e @ torch.linalg.solve(self._ridged(sums["S"]), sums["R"]))[:, None]
+            left = G - (e @ least_squares(self._ridged(sums["S"]), sums["R"], rows.mask()))[:, None]
             features = rows.exact.shape[1]
             G = left.reshape(N, run, features, -1).transpose(2, 3).reshape(N, places, features)
         return sums | _normal_equations(e, c, G)
@@ -130,14 +132,18 @@ class Fitted(LearnedDirect):
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
         if self.by == "jvp":
             return jacobian.corrected(B, sums) if "wrong" in sums else B
+        mask = sums.get("mask")
         for what, new in sums.items():
-            if what != "samples":
+            if what not in ("samples", "mask"):
                 memory[what] = memory[what] * self.decay + new if what in memory else new
         parts: list[Tensor] = []
         if "S" in memory:
-            parts.append(torch.linalg.solve(self._ridged(memory["S"]), memory["R"]))
+            parts.append(least_squares(self._ridged(memory["S"]), memory["R"], mask))
+            mask = None  # C is the same at all positions, where B has entries at one and not at another
         if "T" in memory:
-            both = torch.linalg.solve(self._ridged(memory["T"]), memory["Q"]).reshape(len(B), -1, memory["Q"].shape[1])
+            T, Q = memory["T"], memory["Q"]
+            each = None if mask is None else mask.repeat_interleave(len(T) // len(B), 0)
+            both = least_squares(self._ridged(T), Q, each).reshape(len(B), -1, Q.shape[1])
             parts += [both] if parts else [both[:, 0], both[:, 1:]]
         norm = parts[0].norm() if len(parts) == 1 else torch.stack([part.norm() for part in parts]).norm()
         first = memory.setdefault("first", norm)

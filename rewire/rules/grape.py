@@ -82,7 +82,7 @@ class Grape(LearnedDirect):
 
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
         if "J" in sums:
-            B = _turned(B, sums["J"], self.lr)
+            B = _turned(B, sums["J"] * sums.get("mask", 1), self.lr)
         if "ee" in sums:
             fed = ((sums["ee"] @ B) * B).sum()  # sum of the squares of e B over the anchor's rows
             ratio = (sums["gg"] / fed).sqrt()

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from rewire.errors import ConversionError, nearest
+from rewire.errors import ConversionError, PassError, nearest
 from rewire.feedback import DISTRIBUTIONS
 
 Shape = tuple[int, ...]
@@ -92,6 +92,32 @@ class Feedback:
         """The equivalent B, of shape (n, ...); a new tensor."""
         raise NotImplementedError
 
+    # -- for rules that learn; what each layer keeps for itself is called own ----------------------
+
+    @property
+    def own(self) -> Tensor | None:
+        """What :meth:`Structure.around` was given; None where nothing of it can learn."""
+        return None
+
+    def shown(self, signal: Tensor, axis: int, cache: Cache) -> Tensor:
+        """What a rule that learns is shown in place of the signal: like ``signal``, with w features; w is n by default.
+
+        The arguments are those of :meth:`prepare`.
+        """
+        return signal
+
+    def as_matrix(self, own: Tensor) -> Tensor:
+        """(w, features): what the rule knows as B. :meth:`shown` times this is what is handed back."""
+        return own.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`as_matrix`, or what is nearest to that: ``own``, perhaps in another shape."""
+        return matrix
+
+    def mask(self) -> Tensor | None:
+        """(w, features) bool: where the matrix has entries that may learn; None: everywhere."""
+        return None
+
 
 def once(cache: Cache, owner: object, signal: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     """``make(signal)``, computed once per pass for all layers that share ``owner``."""
@@ -147,6 +173,34 @@ class Structure:
     def make(self, place: Place) -> Tensor | Feedback:
         """B for ``place``: a pure function of its seed, names, shape and scale."""
         raise NotImplementedError
+
+    @property
+    def fixed(self) -> str:
+        """Why rules that learn cannot change what is kept of B, in words that follow its name; "" if they can.
+
+        "" will do for a structure whose :meth:`make` returns plain tensors. One whose B is a :class:`Feedback` has to
+        say what of it learns: :meth:`own_shape`, :meth:`draw`, :meth:`around`, and what :class:`Feedback` asks for.
+        """
+        return "does not say that what it keeps can learn (Structure.fixed)"
+
+    def own_shape(self, shape: Shape) -> Shape:
+        """Shape of what learns of a B of ``shape``."""
+        return shape
+
+    def heard(self, shape: Shape) -> int:
+        """How many features of e a rule that learns is shown for a B of ``shape``."""
+        return shape[0]
+
+    def draw(self, place: Place) -> Tensor:
+        """What learns, as it is before anything is learned."""
+        made = self.make(place)
+        if isinstance(made, Feedback):
+            raise PassError(f"{self!r} makes a {type(made).__name__}, and does not say what of it learns")
+        return made
+
+    def around(self, place: Place, own: Tensor) -> Tensor | Feedback:
+        """B, of which ``own`` has been learned. ``own`` is kept, and seen to change in place, if its dtype allows."""
+        return own.to(device=place.device, dtype=self.kept(place))
 
     def size(self, shape: Shape, itemsize: int) -> int:
         """Bytes kept for one B of ``shape`` alone.

@@ -65,6 +65,10 @@ class Dense(Structure):
             return Signs(unit.sign().to(device=place.device, dtype=torch.int8), _SIGNS[self.distribution], place)
         return (unit * place.scale).to(device=place.device, dtype=self.kept(place))
 
+    @property
+    def fixed(self) -> str:
+        return "keeps signs, which cannot change little by little" if self.dtype is torch.int8 else ""
+
     def size(self, shape: Shape, itemsize: int) -> int:
         return math.prod(shape) * self.itemsize(itemsize)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rewire.feedback import standard
 from rewire.structures.base import Cache, Feedback, Place, Shape, Structure, check_distribution, once, positive_int
-from rewire.structures.dense import Dense
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,24 +44,40 @@ class LowRank(Structure):
         check_distribution(self, self.distribution)
         super().__post_init__()
 
-    def _dense(self) -> Dense:
-        return Dense(self.distribution, per=self.per, dtype=self.dtype)
-
     def make(self, place: Place) -> Tensor | Feedback:
+        return self.around(place, self.draw(place))
+
+    @property
+    def fixed(self) -> str:
+        return ""
+
+    def heard(self, shape: Shape) -> int:
+        return min(shape[0], self.rank)
+
+    def own_shape(self, shape: Shape) -> Shape:
+        return self.heard(shape), *shape[1:]
+
+    def draw(self, place: Place) -> Tensor:
+        """Q; where there is nothing to squeeze, B."""
+        shape = self.own_shape(place.shape)
+        squeezed = place.scale / math.sqrt(self.rank) if place.shape[0] > self.rank else place.scale
+        unit = standard(shape, seed=place.seed, name=place.name, distribution=self.distribution)
+        return (unit * squeezed).to(device=place.device, dtype=self.kept(place))
+
+    def around(self, place: Place, own: Tensor) -> Tensor | Feedback:
         n, rank, kept = place.shape[0], self.rank, self.kept(place)
+        own = own.to(device=place.device, dtype=kept)
         if n <= rank:
-            return self._dense().make(place)
+            return own
 
         def make_p() -> Squeeze:
             unit = standard((n, rank), seed=place.seed, name=f"lowrank{place.output}", distribution=self.distribution)
             return Squeeze(unit.to(device=place.device, dtype=kept))
 
-        squeeze = place.shared((self.name, n, rank, self.distribution, kept), make_p)
-        unit = standard((rank, *place.shape[1:]), seed=place.seed, name=place.name, distribution=self.distribution)
-        return Product(squeeze, (unit * (place.scale / math.sqrt(rank))).to(device=place.device, dtype=kept))
+        return Product(place.shared((self.name, n, rank, self.distribution, kept), make_p), own)
 
     def size(self, shape: Shape, itemsize: int) -> int:
-        return self._dense().size((min(shape[0], self.rank), *shape[1:]), itemsize)
+        return math.prod(self.own_shape(shape)) * self.itemsize(itemsize)
 
     def common_size(self, shapes: Iterable[Shape], itemsize: int) -> int:
         wide = {shape[0] for shape in shapes if shape[0] > self.rank}
@@ -91,8 +106,14 @@ class Product(Feedback):
         self.dtype = q.dtype
         self.width = q.shape[0]
 
+    @property
+    def own(self) -> Tensor:
+        return self.q
+
     def prepare(self, signal: Tensor, axis: int, cache: Cache) -> Tensor:
         return once(cache, self.squeeze, signal, lambda e: self.squeeze(e, axis))
+
+    shown = prepare  # Q learns from e P
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows @ self.q.flatten(1)

@@ -41,6 +41,10 @@ class Seeded(Structure):
     def make(self, place: Place) -> Feedback:
         return Tiles(self.distribution, self.kept(place), place)
 
+    @property
+    def fixed(self) -> str:
+        return "keeps nothing: its B is drawn anew in every backward, and would be as if nothing had been learned"
+
     def size(self, shape: Shape, itemsize: int) -> int:
         return 0
 

@@ -49,6 +49,13 @@ class Shared(Structure):
         matrix.widen(features(place.shape))
         return Slice(matrix, place.shape, place.scale)
 
+    @property
+    def fixed(self) -> str:
+        return (
+            "keeps one matrix for all layers, of which none has a part of its own: what one layer learned would change "
+            "what the others hand back"
+        )
+
     def size(self, shape: Shape, itemsize: int) -> int:
         return 0
 

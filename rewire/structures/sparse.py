@@ -75,13 +75,33 @@ class Sparse(Structure):
         return min(max(1, round(n / 100)), MOST)
 
     def make(self, place: Place) -> Feedback:
-        n, columns, kept = place.shape[0], features(place.shape), self.kept(place)
-        k = self.per_column(n)
-        rows = distinct(n, k, columns, generator(place.seed, place.name, place.shape, f"{k} of {n}"))
+        return self.around(place, self.draw(place))
+
+    @property
+    def fixed(self) -> str:
+        return ""
+
+    def own_shape(self, shape: Shape) -> Shape:
+        return features(shape), self.per_column(shape[0])
+
+    def draw(self, place: Place) -> Tensor:
+        """The nonzero entries, column by column."""
+        columns, k = self.own_shape(place.shape)
         unit = standard((columns, k), seed=place.seed, name=place.name, distribution=self.distribution)
-        values = (unit * (place.scale * math.sqrt(n / k))).to(device=place.device, dtype=kept)
+        return (unit * (place.scale * math.sqrt(place.shape[0] / k))).to(device=place.device, dtype=self.kept(place))
+
+    def around(self, place: Place, own: Tensor) -> Feedback:
+        n, kept = place.shape[0], self.kept(place)
+        columns, k = self.own_shape(place.shape)
+
+        def draw_rows() -> Tensor:
+            drawn = distinct(n, k, columns, generator(place.seed, place.name, place.shape, f"{k} of {n}"))
+            return tensor(drawn).to(place.device)
+
+        # Values that learn come again and again, in a copy for each dtype; the rows are drawn once.
+        rows = place.shared((self.name, "rows", place.name, place.shape, k), draw_rows)
         lanes = place.shared((self.name, kept), lambda: Lanes(kept))
-        return Gathered(lanes, tensor(rows).to(place.device), values, place.shape)
+        return Gathered(lanes, rows, own.to(device=place.device, dtype=kept), place.shape)
 
     def size(self, shape: Shape, itemsize: int) -> int:
         return features(shape) * self.per_column(shape[0]) * (4 + self.itemsize(itemsize))
@@ -125,6 +145,20 @@ class Gathered(Feedback):
         self.dtype = values.dtype
         self.width = shape[0]
 
+    @property
+    def own(self) -> Tensor:
+        return self.values
+
+    def as_matrix(self, own: Tensor) -> Tensor:
+        rows = self.rows.to(own.device).t().long()
+        return own.new_zeros(self.width, len(own)).scatter_(0, rows, own.t())
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.gather(0, self.rows.to(matrix.device).t().long()).t()
+
+    def mask(self) -> Tensor:
+        return self.as_matrix(torch.ones(self.rows.shape, dtype=torch.bool, device=self.rows.device))
+
     def prepare(self, signal: Tensor, axis: int, cache: Cache) -> Tensor:
         # A gather of whole lanes is many times faster than one of single numbers: the copy pays off, once per pass.
         return once(cache, self.lanes, signal, lambda e: self.lanes(e, axis))
@@ -138,6 +172,4 @@ class Gathered(Feedback):
         return out.t().contiguous()
 
     def dense(self) -> Tensor:
-        flat = self.values.new_zeros(self.width, features(self.shape))
-        flat.scatter_(0, self.rows.t().long(), self.values.t())
-        return flat.reshape(self.shape)
+        return self.as_matrix(self.values).reshape(self.shape)

@@ -16,6 +16,7 @@ from torch import nn
 
 import rewire
 from rewire.rules.direct import DFA
+from rewire.structures import LowRank, Sparse
 from tests import plain  # noqa: F401  (what is imported must not matter)
 from tests.every_rule import EVERY
 
@@ -101,10 +102,17 @@ def _structures() -> dict[str, dict[str, Any]]:
     return {f"dfa-{name}": {"rule": "dfa", "feedback": name} for name in rewire.structures.NAMES}
 
 
+def _learned_structures() -> dict[str, dict[str, Any]]:
+    rules = ["fitted(every=4)", "fitted(every=4, context=2)", "fitted(by='jvp', every=3)", "dkp", "grape"]
+    kept = {"lowrank": LowRank(rank=2), "sparse": Sparse(nonzeros=2)}
+    return {f"{rule}-{name}": {"rule": rule, "feedback": kept[name], "seed": 7} for rule in rules for name in kept}
+
+
 # Options of convert by the name of the case.
 CASES: dict[str, dict[str, Any]] = {
     **_rules(),
     **_structures(),
+    **_learned_structures(),
     "mixed": {
         "rule": DFA(feedback=rewire.structures.LowRank(rank=2)),
         "layers": {"conv": "frsf", "mid": "sdfa", "head": "bp"},

@@ -13,6 +13,12 @@ from tests.every_rule import SCHEDULES
 WIDTHS = (5, 8, 6, 6, 4)
 STEPS = 3
 RULES = tuple(name for name in rewire.rules() if name not in SCHEDULES)
+STRUCTURED = (
+    "fitted(every=2, feedback=LowRank(rank=2))",
+    "fitted(every=2, context=2, feedback=Sparse(nonzeros=2))",
+    "dkp(feedback=LowRank(rank=2))",
+    "dkp(feedback=Sparse(nonzeros=2))",
+)
 LOCAL = [name for name in RULES if isinstance(resolve(name), rewire.LocalRule)]
 # They keep of e only its sign, or the target: a mean over more samples does not make their feedback smaller, so the
 # gradient of two halves is not that of the whole.

@@ -11,7 +11,21 @@ from tests.every_rule import SCHEDULES
 from tests.ranks import run_ranks
 
 from . import cases
-from .cases import LOCAL, NOT_LINEAR, RULES, STEPS, batch, build, half, loss_of, optimizer_of, single, state_of, train
+from .cases import (
+    LOCAL,
+    NOT_LINEAR,
+    RULES,
+    STEPS,
+    STRUCTURED,
+    batch,
+    build,
+    half,
+    loss_of,
+    optimizer_of,
+    single,
+    state_of,
+    train,
+)
 from .worker import digests
 
 TOL = 1e-10
@@ -48,7 +62,7 @@ def on_both(ranks, case):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, *STRUCTURED])
 def test_two_processes_equal_one_on_the_joint_batch(ranks, rule, how):
     """Parameters and gradients after several steps, the first of which measures the scales."""
     found, scales, hashes = on_both(ranks, f"{how}, {rule}")

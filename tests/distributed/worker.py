@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rewire
 
 from . import cases
-from .cases import RULES, STEPS, build, half, loss_of, optimizer_of, state_of, train
+from .cases import RULES, STEPS, STRUCTURED, build, half, loss_of, optimizer_of, state_of, train
 
 CASES = {}
 
@@ -56,7 +56,7 @@ def after(model, x):
     return rewire.scales(getattr(model, "module", model))
 
 
-@case("ddp", *RULES)
+@case("ddp", *RULES, *STRUCTURED)
 def ddp(rank, rule):
     model = rewire.convert(build(), rule)
     run = DistributedDataParallel(model)
@@ -66,7 +66,7 @@ def ddp(rank, rule):
     return found, scales, digests(model)
 
 
-@case("fsdp", *RULES)
+@case("fsdp", *RULES, *STRUCTURED)
 def fsdp(rank, rule):
     model = shard(rewire.convert(build(), rule))
     train(model, halves(rank))

@@ -227,12 +227,14 @@ def tangent(name, passes, shape, call=0, seed=0):
     return quick_normal(shape, seed=seed, name=f"{name}:tangent:{call}:0", draw=passes, scale=1.0).double().numpy()
 
 
+@pytest.mark.parametrize("samples", [None, 2])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
-def test_grape_against_its_equations(every, together):
+def test_grape_against_its_equations(every, together, samples):
+    """With ``samples`` the first ones of the batch are probed, and those alone."""
     model = mlp()
     ours = NumpyMLP(model)
-    rule = Grape(every=every, lr=0.3, anchor=4, together=together)
+    rule = Grape(every=every, lr=0.3, anchor=4, together=together, samples=samples)
     rewire.convert(model, rule, scale=0.3, output="4")
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     names = {1: "2", 2: "4"}
@@ -244,10 +246,12 @@ def test_grape_against_its_equations(every, together):
         J = {}
         if passes % every == 0 and passes > 0:
             layers = [1, 2] if together else [[1, 2][(passes // every) % 2]]
-            v = {at: tangent(names[at], passes, xs[at].shape, call=i) for i, at in enumerate(layers)}
+            probed = len(x) if samples is None else samples
+            shapes = {at: (probed, xs[at].shape[1]) for at in layers}
+            v = {at: tangent(names[at], passes, shapes[at], call=i) for i, at in enumerate(layers)}
             for at in layers:
                 J[at] = np.zeros((4, xs[at].shape[1]))
-            for s in range(len(x)):
+            for s in range(probed):
                 u = sum(ours.jacobian(xs, at, s) @ v[at][s] for at in layers)
                 for at in layers:
                     J[at] += np.outer(u, v[at][s])
@@ -309,7 +313,7 @@ def test_broken_on_purpose(monkeypatch):
     real = Grape.observe
     monkeypatch.setattr(Grape, "observe", lambda self, rows, B: {"J": -real(self, rows, B)["J"]})
     with pytest.raises(AssertionError):
-        test_grape_against_its_equations(1, False)
+        test_grape_against_its_equations(1, False, None)
     monkeypatch.setattr(Grape, "observe", real)
     monkeypatch.setattr(
         DKP, "gather", lambda self, rows: {"G": -rows.e.T @ rows.summed(), "size": rows.e.sum() * 0 + 1}

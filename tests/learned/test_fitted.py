@@ -336,21 +336,6 @@ def test_wrong_options(option):
         rewire.convert(mlp(), f"fitted({option})")
 
 
-def test_structures_that_keep_no_whole_B_are_refused_by_name():
-    model = mlp()
-    for options in (
-        {"feedback": "lowrank"},
-        {"rule": "fitted(feedback=Sparse())"},
-        {"layers": {"2": "fitted(feedback='seeded')"}},
-    ):
-        with pytest.raises(rewire.ConversionError, match="learns all of B"):
-            rewire.convert(model, **{"rule": "fitted", **options})
-    assert type(model[0]) is nn.Linear
-    rewire.convert(model, "dfa", feedback="lowrank")
-    with pytest.raises(rewire.ConversionError, match="learns all of B"), rewire.use_rule(model, "fitted"):
-        pass
-
-
 @pytest.mark.parametrize("rule", ["fitted", "fitted(context=2)"])
 def test_verify_proves_it_and_disturbs_nothing(rule):
     model = trained(rewire.convert(mlp(), rule), 4)

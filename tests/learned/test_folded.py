@@ -21,9 +21,11 @@ from torch.nn import functional as F
 import rewire
 from rewire.feedback import quick_normal
 from rewire.learning import glance
+from rewire.structures import NAMES, LowRank, Sparse
 from rewire.swap import states_of
 
 from ..plain import randn, seeded
+from ..test_structures import draw, reference
 
 N, T, CLASSES = 3, 4, 4
 PICKED = [2, 0]
@@ -227,15 +229,22 @@ def ridged(S: Array, ridge: float = 0.1) -> Array:
 
 
 class Training:
-    """A model of which one layer is under a rule and all else under backprop, with a plain copy beside it."""
+    """A model of which one layer is under a rule and all else under backprop, with a plain copy beside it.
+
+    Where B is P Q, B in these tests is Q, and the rule is shown e P; where it is sparse, B has zeros that stay.
+    """
 
     def __init__(self, case: Case, rule: str, feedback: str = "dense") -> None:
         self.case, self.name = case, case.name
-        self.whole = case.whole and feedback == "dense"
+        self.structure = STRUCTURES[feedback]
+        self.whole = case.whole and self.structure.per == "element"
+        self.P: Array | None = None
+        if isinstance(self.structure, LowRank):
+            self.P = draw("lowrank", (CLASSES, self.structure.rank), self.structure.distribution, seed=0)
         self.model = seeded(case.make)
         self.plain = copy.deepcopy(self.model)
         # The first layer has nothing to hand back to, whatever its rule is.
-        rewire.convert(self.model, "bp", layers={"a": "dfa", case.name: rule}, feedback=feedback, scale=0.3)
+        rewire.convert(self.model, "bp", layers={"a": "dfa", case.name: rule}, feedback=self.structure, scale=0.3)
         (self.state,) = states_of(self.model.get_submodule(case.name))
         self.steps = 0
 
@@ -246,8 +255,33 @@ class Training:
 
     @property
     def B(self) -> Array:
-        """(n, features or elements)."""
-        return rewire.feedback(self.model)[self.name].flatten(1).numpy().copy()
+        """(n, features or elements); Q is (r, features or elements)."""
+        dense = rewire.feedback(self.model)[self.name].flatten(1).numpy().copy()
+        if self.P is None:
+            return dense
+        Q = np.linalg.lstsq(self.P, dense, rcond=None)[0]  # P has independent columns
+        np.testing.assert_allclose(self.P @ Q, dense, atol=1e-12, rtol=0)
+        return Q
+
+    def shown(self, e: Array) -> Array:
+        return e if self.P is None else np.stack([row @ self.P for row in e])
+
+    def kept(self, B: Array, like: Array) -> Array:
+        """B where it may have entries, which is where feedback drawn by a definition written here is not zero."""
+        if not isinstance(self.structure, Sparse):
+            return B
+        shape = (CLASSES, *(like.shape[1:] if self.whole else (like.shape[1 if self.case.whole else -1],)))
+        drawn = reference(self.structure, self.name, shape, seed=0).reshape(CLASSES, -1)
+        return np.where(np.repeat(drawn != 0, len(B) // CLASSES, 0), B, 0)
+
+    def solved(self, S: Array, R: Array, like: Array, masked: bool = True) -> Array:
+        """Ridge least squares; column by column where B has few entries."""
+        there = self.kept(np.ones(R.shape), like) if masked else np.ones(R.shape)
+        B, full = np.zeros(R.shape), ridged(S)
+        for f in range(R.shape[1]):
+            (rows,) = there[:, f].nonzero()
+            B[rows, f] = np.linalg.solve(full[np.ix_(rows, rows)], R[rows, f])
+        return B
 
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Train; the gradients, of which the plain copy's are taken in as well."""
@@ -265,6 +299,7 @@ class Training:
         back = np.zeros(x.shape)
         images = back.reshape(-1, x.shape[-1]) if x.ndim < 4 else back
         inputs = x.reshape(images.shape)
+        e = self.shown(e)
         for k, owner in enumerate(self.case.owner):
             row = e[owner] @ B
             image = images[k]
@@ -282,9 +317,21 @@ def check_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
         torch.testing.assert_close(ours[name], g, atol=1e-9, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
+STRUCTURES = {
+    "dense": NAMES["dense"],
+    "channel": NAMES["channel"],
+    "lowrank": LowRank(2),
+    "lowrank per element": LowRank(3, per="element"),
+    "sparse": Sparse(nonzeros=2),
+    "sparse per element": Sparse(density=0.25, per="element", distribution="binary"),
+}
+
+
 def cases(*without: str) -> list[tuple[str, str]]:
-    dense = [(name, "dense") for name in CASES if name not in without]
-    return [*dense, *((name, "channel") for name in IMAGES if name not in without)]
+    names = [name for name in CASES if name not in without]
+    everywhere = [(name, feedback) for feedback in ("dense", "lowrank", "sparse") for name in names]
+    of_images = [feedback for feedback in STRUCTURES if feedback not in ("dense", "lowrank", "sparse")]
+    return [*everywhere, *((name, feedback) for feedback in of_images for name in names if name in IMAGES)]
 
 
 @pytest.mark.parametrize(("name", "feedback"), cases())
@@ -309,28 +356,29 @@ def test_fitted(name: str, feedback: str, context: int) -> None:
             features = seen.inputs[0].shape[1 if case.whole else -1]
             P = glance(at.state, context, features).double().numpy()
         memory = {what: 0.5 * value for what, value in memory.items()}
+        e, like, n = at.shown(seen.e), seen.inputs[0], at.shown(seen.e).shape[1]
         for x_l, G in zip(seen.inputs, seen.exact, strict=True):
             S, R = 0.0, 0.0
             rows = zip(units(case, G, at.whole), units(case, x_l, at.whole), strict=True)
             for (owner, g), (_, c) in rows:
-                phi = seen.e[owner]
+                phi = e[owner]
                 if context and not at.whole:
                     phi = np.kron(phi, np.concatenate([[1.0], c @ P]))
                 S, R = S + np.outer(phi, phi), R + np.outer(phi, g)
             memory["S"], memory["R"] = memory["S"] + S, memory["R"] + R
             if context and at.whole:
-                own = np.linalg.solve(ridged(S), R)
+                own = at.solved(S, R, like)
                 for k, owner in enumerate(case.owner):
-                    left = (G[k].reshape(-1) - seen.e[owner] @ own).reshape(G[k].shape)
+                    left = (G[k].reshape(-1) - e[owner] @ own).reshape(G[k].shape)
                     for g, c in zip(positions(left), positions(x_l[k]), strict=True):
-                        phi = np.kron(seen.e[owner], c @ P)
+                        phi = np.kron(e[owner], c @ P)
                         memory["T"] = memory["T"] + np.outer(phi, phi)
                         memory["Q"] = memory["Q"] + np.outer(phi, g)
-        B = np.linalg.solve(ridged(memory["S"]), memory["R"])
+        B = at.solved(memory["S"], memory["R"], like)
         if context and at.whole:
-            C = np.linalg.solve(ridged(memory["T"]), memory["Q"]).reshape(CLASSES, context, -1)
+            C = at.solved(memory["T"], memory["Q"], like, masked=False).reshape(n, context, -1)
         elif context:
-            B = B.reshape(CLASSES, 1 + context, -1)
+            B = B.reshape(n, 1 + context, -1)
             B, C = B[:, 0], B[:, 1:]
         np.testing.assert_allclose(at.B, B, atol=1e-8, rtol=0)
         if context:
@@ -338,6 +386,28 @@ def test_fitted(name: str, feedback: str, context: int) -> None:
             np.testing.assert_allclose(C_ours, C, atol=1e-8, rtol=0)
             C = C_ours.numpy().copy()
         B = at.B  # what one step is off by does not add up to the next
+
+
+@pytest.mark.parametrize(("name", "feedback"), [case for case in cases("picked") if case[1] in ("dense", "channel")])
+@pytest.mark.parametrize("context", [0, 2])
+def test_fitted_takes_the_first_samples_of_a_pass(name: str, feedback: str, context: int) -> None:
+    """All their rows, wherever they lie, and no others."""
+    case = CASES[name]
+    at = Training(case, f"fitted(every=5, ridge=0.1, cap=0, probe=2, context={context})", feedback)
+    x, y = at.batch()
+    seen = look(at.plain, at.name, x, y)
+    at.step(x, y)
+    S = R = 0.0
+    whole = at.whole or not context
+    P = glance(at.state, context, seen.inputs[0].shape[1 if case.whole else -1]).double().numpy() if context else None
+    for x_l, G in zip(seen.inputs, seen.exact, strict=True):
+        for (owner, g), (_, c) in zip(units(case, G, at.whole), units(case, x_l, at.whole), strict=True):
+            if owner < 2:
+                phi = seen.e[owner] if whole else np.kron(seen.e[owner], np.concatenate([[1.0], c @ P]))
+                S, R = S + np.outer(phi, phi), R + np.outer(phi, g)
+    B = np.linalg.solve(ridged(S), R)
+    B = B if whole else B.reshape(CLASSES, 1 + context, -1)[:, 0]
+    np.testing.assert_allclose(at.B, B, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "feedback"), cases())
@@ -359,13 +429,14 @@ def test_dkp(name: str, feedback: str, normalise: bool) -> None:
         back = [at.fed(seen.e, x_l, B) for x_l in seen.inputs]
         check_gradients(ours, gradients_with(plain, at.name, x, y, back))
         G = np.zeros(B.shape)
+        e = at.shown(seen.e)
         for x_l in seen.inputs:
             for owner, values in units(case, x_l, at.whole):
-                G += np.outer(seen.e[owner], values)
+                G += np.outer(e[owner], values)
         if unit is None:
             there = sorted(set(case.owner))  # of picked rows those that are there
-            unit = np.linalg.norm(seen.e[there], axis=1).sum() * len(seen.inputs) if normalise else 1.0
-        B = B - 0.2 * (G / unit + 0.3 * B)
+            unit = np.linalg.norm(e[there], axis=1).sum() * len(seen.inputs) if normalise else 1.0
+        B = B - 0.2 * (at.kept(G, seen.inputs[0]) / unit + 0.3 * B)
         np.testing.assert_allclose(at.B, B, atol=1e-8, rtol=0)
 
 
@@ -390,11 +461,12 @@ def test_grape(name: str, feedback: str) -> None:
         J = np.zeros(0)
         if B is not None:  # from the second pass on the shape of B is known
             v = tangents(at, step, seen.inputs)
-            u = pushed(plain, at.name, x, v)
+            u = at.shown(pushed(plain, at.name, x, v))
             J = np.zeros(B.shape)
             for v_call in v:
                 for owner, values in units(case, v_call, at.whole):
                     J += np.outer(u[owner], values)
+            J = at.kept(J, seen.inputs[0])
         ours = at.step(x, y)
         if B is None:
             other = Training(case, "dfa", feedback)
@@ -431,7 +503,7 @@ def test_fitted_by_forward_mode(name: str, feedback: str) -> None:
             B = other.B
         elif step:
             v = tangents(at, step, seen.inputs)
-            u = pushed(plain, at.name, x, v)
+            u = at.shown(pushed(plain, at.name, x, v))
             wrong, number = np.zeros(B.shape), 0
             for v_call in v:
                 for sample in range(N):
@@ -439,7 +511,7 @@ def test_fitted_by_forward_mode(name: str, feedback: str) -> None:
                     total = np.sum(places, 0)
                     wrong += np.outer(u[sample] - B @ total, total) / len(places)
                     number += 1
-            before, B = B, B + wrong / (number + B.shape[1])
+            before, B = B, B + at.kept(wrong, seen.inputs[0]) / (number + B.shape[1])
             back = [at.fed(seen.e, x_l, before) for x_l in seen.inputs]
             check_gradients(ours, gradients_with(plain, at.name, x, y, back))
         np.testing.assert_allclose(at.B, B, atol=1e-8, rtol=0)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import rewire
+from rewire.jvp import _slice
 from rewire.rules.base import LearnedDirect, _registry
 from rewire.rules.grape import Grape
 from rewire.rules.jacobian import corrected, residual
@@ -383,3 +384,42 @@ def test_options_as_text():
     assert (rule.every, rule.together, rule.lr) == (5, True, Grape().lr)
     assert repr(rule) == "grape(every=5, together=True)"
     assert np.isclose(Grape(lr=0.5).lr, 0.5)
+
+
+class Shared(nn.Module):
+    """Two heads; the first of them is called twice, if ``again``."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.one, self.two, self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.again = again
+
+    def forward(self, x):
+        h = self.two(self.one(x))
+        return [self.a(h), self.b(h), *([self.a(-0.5 * h)] if self.again else [])]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_reaches_one_output_says_nothing_about_another(again):
+    """Nothing learned from one head's tangent draws the other's feedback towards zero."""
+    model = build("fitted(by='jvp', every=1)", kind=lambda: Shared(again).double(), scale=0.2)
+    x, y = data(32)
+    for _ in range(150):  # a linear network, the same at every sample: B settles
+        sum(nn.functional.cross_entropy(out, y % out.shape[1]) for out in model(x.double())).backward()
+    model(x.double())
+    B = rewire.feedback(model)
+    mean = 0.25 if again else 1.0  # of what the two calls do
+    J = {"a": mean * model.a.weight @ model.two.weight, "b": model.b.weight @ model.two.weight}
+    near = 0.1 if again else 1e-5  # two calls that differ leave noise
+    torch.testing.assert_close(B["two@b"], J["b"].detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(B["two@a"], J["a"].detach(), atol=near, rtol=0)
+
+
+def test_which_inputs_a_part_of_the_batch_is_cut_from():
+    """The first rows of whatever is as long as the first tensor; all else as it is."""
+    x, y, table, number = torch.arange(12).reshape(6, 2), torch.arange(6), torch.arange(4), torch.tensor(6)
+    args, kwargs = _slice(((x, table), {"y": [y], "n": number, "s": "x", "wide": torch.ones(2, 6)}), 4)
+    assert args[0].equal(x[:4]) and args[1] is table
+    assert kwargs["y"][0].equal(y[:4]) and kwargs["n"] is number and kwargs["s"] == "x"
+    assert kwargs["wide"].shape == (2, 6)
+    assert _slice(((x,), {}), 9)[0][0].equal(x)
