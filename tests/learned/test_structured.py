@@ -510,13 +510,17 @@ def test_a_state_dict_resumes_to_the_bit_and_copies_go_on_alike(rule, structure)
         assert torch.equal(t, copied.state_dict()[name]), name
 
 
-@every_structure
-def test_what_was_learned_under_another_seed_does_not_load(structure):
-    model = trained(rewire.convert(mlp(), "fitted(every=2)", feedback=structure, seed=1), 3)
-    other = rewire.convert(mlp(), "fitted(every=2)", feedback=structure, seed=2)
+@pytest.mark.parametrize("what", [*STRUCTURES, "context"])
+def test_what_was_learned_under_another_seed_does_not_load(what):
+    """What goes with it is made from the seed: P of a low rank, which entries there are, P that looks at the input."""
+    rule, structure = (
+        ("fitted(every=2, context=3)", "dense") if what == "context" else ("fitted(every=2)", STRUCTURES[what])
+    )
+    model = trained(rewire.convert(mlp(), rule, feedback=structure, seed=1), 3)
+    other = rewire.convert(mlp(), rule, feedback=structure, seed=2)
     with pytest.raises(RuntimeError, match=r"'2'.*another seed than 2"):
         other.load_state_dict(model.state_dict())
-    again = rewire.convert(mlp(), "fitted(every=2)", feedback=structure, seed=1)
+    again = rewire.convert(mlp(), rule, feedback=structure, seed=1)
     again.load_state_dict(model.state_dict())
     dense = trained(rewire.convert(mlp(), "fitted(every=2)", seed=1), 3)  # all of it is there: any seed will do
     rewire.convert(mlp(), "fitted(every=2)", seed=2).load_state_dict(dense.state_dict())
