@@ -60,7 +60,7 @@ def keep_count(state: LayerState) -> None:
 
 
 def note_seed(state: LayerState) -> None:
-    """Save with the module which seed what was learned belongs to: what goes with it and does not learn is made from it."""
+    """Save with the module which seed its feedback belongs to: what of it does not learn is made from that."""
     name = f"{state.tag}origin"
     if name not in state.learned:
         state.learned[name] = _origin(state)
