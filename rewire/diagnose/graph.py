@@ -56,6 +56,7 @@ class Flow:
             for weight in direct_uses(roots, lambda node: self._at[node].sources if node in self._at else None)
         }
         self.uses = {name for name, tensors in weights.items() if any(id(t) in met for t in tensors)}
+        self._at = {}  # or the graph, with all the weights on it, would live as long as this
 
     def downstream(self, call: Seen) -> list[Seen]:
         """The output calls of the same conversion that ``call`` feeds, itself included."""
