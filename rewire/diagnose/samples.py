@@ -153,7 +153,9 @@ def _squares(rows: Tensor) -> Tensor:
 
 
 def _rows(t: Tensor, axis: int) -> Tensor:
-    return t.reshape(-1, t.shape[-1]) if axis == -1 else t.flatten(1)
+    if axis == -1:
+        return t.reshape(-1, t.shape[-1]) if t.numel() else t.new_zeros(0, 0)  # a layer may have no features at all
+    return t.flatten(1)
 
 
 def _alive(size: Tensor) -> Tensor:

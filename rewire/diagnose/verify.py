@@ -489,7 +489,7 @@ class _Verify:
             return say((WRONG, wrong), self._cosines(ran))
         if not state.active:
             return say(self._on_backprop(ran))
-        pairs = [(call, place) for call in ran for place in call.places]
+        pairs = [(call, place) for call in ran for place in call.places if place.x.numel()]
         if not pairs:
             return say((FIRST, "nothing to hand back to"))
         if not state.settled:

@@ -319,3 +319,26 @@ def test_weights_of_two_layers_as_one_lost_from_sight(name, rule):
             return self.last(torch.tanh(torch.tanh(self.first(x)) @ (both * 0.5).t()))
 
     assert said_or_handled(Net, rule, name) == "dead"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_weight_without_numbers(rule):
+    """A width that is what another leaves of a third may come to nothing."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mid, self.empty = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(4, 0)
+            self.last = nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = torch.tanh(self.mid(torch.tanh(self.first(x))))
+            return h @ torch.cat([self.last.weight.t(), self.empty.weight])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about the initialisation
+        model = rewire.convert(build(Net), rule)
+    for _ in range(2):
+        one_pass(model, *INPUTS)
+    result = rewire.verify(model, *INPUTS)
+    assert result.ok and {layer.name: layer.status for layer in result.layers}["mid"] == "live", str(result)
