@@ -11,6 +11,7 @@ from rewire.diagnose.watch import Pass, Seen
 from rewire.nodes import Node
 from rewire.parts import parts_below
 from rewire.pours import pours_below
+from rewire.spread import spread_below
 
 
 class Flow:
@@ -72,7 +73,10 @@ class Flow:
         y = output.outputs[0]
         if output.pick is None and y.dim() > 1:
             found.update(parts_below(output.sources, y.shape[0], self._at.get, lambda below: below.sources))
-        return found | pours_below(output.sources, self._at.get, lambda below: below.sources)
+        found |= pours_below(output.sources, self._at.get, lambda below: below.sources)
+        if output.pick is None and y.dim() == 3 and output.state.kind.axis(3) == -1:
+            found = spread_below(output.sources, y.shape, self._at.get, lambda below: below.sources) | found
+        return found
 
     def _upstream(self, roots: Iterable[Node], stop: Callable[[Seen], bool] = lambda _: False) -> list[Seen]:
         found: dict[Seen, None] = {}
