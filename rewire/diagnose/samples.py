@@ -92,8 +92,7 @@ class Samples:
             # What many samples share gets the mean of their errors, also where one alone used it in this pass.
             others = got.clear & ((got.factor - shown.factor).abs() > (3 if coarse else 1) * _TOLERANCE)
             # A row that several samples share may have grown by some factor too, but by none of theirs.
-            known = self.known[shown.dim].to(shown.factor)
-            single = ((shown.factor[:, None] - known).abs() <= 1e-3).any(1)
+            single = _nearest(self.known[shown.dim].to(shown.factor), shown.factor) <= 1e-3
             if _rows(fed, axis).shape[1] == 1 and not bool(single[shown.clear].all()):
                 continue  # a number is a multiple of any other: one that happens to fit shows nothing
             rows = shown.clear & single & _alive(_squares(_rows(fed, axis)))
@@ -108,6 +107,14 @@ _GOLDEN = 0.6180339887498949
 def _factors(count: int) -> Tensor:
     """A number of its own for each sample."""
     return 0.5 + (torch.arange(count, dtype=torch.float64) * _GOLDEN) % 1
+
+
+def _nearest(known: Tensor, factors: Tensor) -> Tensor:
+    """How far each factor is from the nearest of ``known``."""
+    known = known.sort().values
+    above = torch.searchsorted(known, factors).clamp(max=len(known) - 1)
+    below = (above - 1).clamp(min=0)
+    return torch.minimum((known[above] - factors).abs(), (known[below] - factors).abs())
 
 
 def weighted(e: Tensor, axis: int, dim: int) -> Tensor:
