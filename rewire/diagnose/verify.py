@@ -307,6 +307,7 @@ class _Verify:
         self.samples = Samples(theirs, self.flow, errors)
         take_gradients(model)
         theirs.end()
+        _empty(model)
         del model, layers, theirs, weights
 
         model = copy_of(self.model)
@@ -316,6 +317,7 @@ class _Verify:
             return
         take_gradients(model)
         off = self._differ(plain, self._plainly(model))
+        _empty(model)
         self._blame(off, "switched to 'bp', its parameters do not get plain backprop's gradient")
 
     def _plain_backward(self, theirs: Pass) -> Gradients:
@@ -665,6 +667,13 @@ _NOT_THE_RULE = "not what the rule says"
 
 
 # -- parts -------------------------------------------------------------------------------------------
+
+
+def _empty(copy: nn.Module) -> None:
+    """Let the parameters of a copy go that has had its day: layers refer to each other, so nothing else would soon."""
+    for p in copy.parameters():
+        if type(p.data) is Tensor:
+            p.data = p.data.new_empty(0)
 
 
 def _share(copy: nn.Module, model: nn.Module) -> None:
