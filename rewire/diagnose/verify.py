@@ -29,7 +29,7 @@ from rewire.arguments import check_model
 from rewire.ask import feedback
 from rewire.convert import restore
 from rewire.diagnose.formula import Local, context, fed_back, follows, signal
-from rewire.diagnose.graph import Flow
+from rewire.diagnose.graph import Flow, may_be_outputs
 from rewire.diagnose.match import Match, alike, all_close, cosine, largest
 from rewire.diagnose.samples import Samples, weighted
 from rewire.diagnose.watch import (
@@ -295,9 +295,9 @@ class _Verify:
         plain = self._plain_backward(theirs)
         weights = {name: weights_of(layer) for name, layer in layers.items() if layer.state.kind.local}
         self.flow = Flow(theirs, weights, self._starts)
+        errors = {output: list(output.deltas) for output in self.flow.outputs}
         # Their own, because the layers of another conversion may lie between an output layer and the loss; that they
         # are what follows from what was handed back is shown below.
-        errors = theirs.errors(self.flow.outputs)
         self.errors = {other: list(call.deltas) for call, other in self.calls.items() if other in self.flow.outputs}
         self._check_formula()
 
@@ -323,6 +323,7 @@ class _Verify:
     def _plain_backward(self, theirs: Pass) -> Gradients:
         """Backprop as it is: which calls it reaches, and how what was handed back compares to it."""
         back = {other: place for place, other in self.twins.items()}
+        outputs = may_be_outputs(theirs, self._starts)
 
         def at_place(other: Place, gradient: Tensor | None) -> None:
             if (place := back.pop(other, None)) is not None:
@@ -331,7 +332,9 @@ class _Verify:
                 )
 
         def at_output(other: Seen, index: int, gradient: Tensor | None) -> None:
-            other.deltas[index] = None if gradient is None else outline(gradient)
+            # Of all others it only matters whether a gradient came.
+            keep: Callable[[Tensor], Tensor] = torch.clone if other in outputs else outline
+            other.deltas[index] = None if gradient is None else keep(gradient.detach())
 
         gradients = theirs.backward(at_place=at_place, at_output=at_output)
         for other in list(back):

@@ -370,22 +370,6 @@ class Pass:
             for place in call.places:
                 place.node = None
 
-    def errors(self, calls: Iterable[Seen]) -> dict[Seen, list[Tensor | None]]:
-        """The gradients of the loss at the outputs of ``calls``; only what lies between is run backwards."""
-        ends = [(call, end) for call in calls for end in call.ends]
-        found: dict[Seen, list[Tensor | None]] = {call: [] for call, _ in ends}
-        if ends:
-            self._ears.place, self._ears.output = lambda place, gradient: None, lambda call, index, gradient: None
-            run: Callable[..., Sequence[Tensor | None]] = torch.autograd.grad
-            try:
-                edges = [end for _, end in ends]
-                errors = run([self.loss], edges, retain_graph=True, allow_unused=True)
-            finally:
-                self._ears.place = self._ears.output = None
-            for (call, _), e in zip(ends, errors, strict=True):
-                found[call].append(e)
-        return found
-
     # -- hooks ---------------------------------------------------------------------------------------
 
     @contextmanager
