@@ -246,7 +246,7 @@ class Local:
             else:
                 self._use(ours, call, layer)
         if not left:
-            ours.state.randoms = {}  # made from the seed again if anybody asks
+            ours.state.randoms, ours.state.local = {}, None  # made from the seed again if anybody asks
 
     def _show(self, ours: Seen, B: Tensor) -> None:
         used = self._used(ours.name).get(ours.state.name)

@@ -59,6 +59,9 @@ def check_example(example: Example, rule: str, feedback: str = "channel") -> dic
         _gradients(model, inputs, loss_fn)
         optimizer.step()  # many start with a head of zeros, below which nothing is to be seen before a step
         gradients = _gradients(model, inputs, loss_fn)
+        optimizer.step()
+        model.zero_grad()
+        stepped = _digests(model)
         proof = rewire.verify(model, inputs, loss_fn)
     row["warnings"] = sorted({str(w.message) for w in caught if issubclass(w.category, RewireWarning)})
 
@@ -82,10 +85,10 @@ def check_example(example: Example, rule: str, feedback: str = "channel") -> dic
             kept[f"{entry.type}: {entry.note}"] += 1
     row["on_backprop"] = dict(kept)
 
-    optimizer.step()
-    stepped = _digests(model)
     if stepped == before:
         problems.append("the optimizer step changed nothing")
+    if _digests(model) != stepped:
+        problems.append("state_dict changed by verify")
     rewire.restore(model)
     if _digests(model) != stepped:
         problems.append("state_dict changed by restore")
