@@ -63,6 +63,7 @@ def test_tolerance() -> None:
     assert Match.of(a * 1.001, a).close(torch.bfloat16) and not Match.of(a * 1.001, a).close()
     assert not close(torch.zeros(2), torch.zeros(3)) and not Match.of(torch.zeros(2), torch.zeros(3)).close()
     assert close(torch.zeros(0, 3), torch.zeros(0, 3))
+    assert close(torch.tensor([3 + 4j]), torch.tensor([3 + 4j])) and not close(torch.tensor([3j]), torch.tensor([4j]))
 
 
 def test_nothing_is_as_good_as_zeros() -> None:
