@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rewire import buffers, hosts, jvp, learned, structures
 from rewire.arguments import check_model
@@ -278,6 +279,9 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
         weight = choice.kind.look(choice.module)
         if not weight.is_meta:
             state.std, state.std_note = weight_scale(weight)
+    own = choice.kind.own(choice.module)
+    if given is None and own is not None and not is_lazy(own) and own.numel() == 0:
+        state.scale, state.scale_note = 1.0, "its weight has no numbers"  # nor will any pass show how large they are
     if wiring.asked is not None and choice.name in wiring.asked:
         state.role = Role.OUTPUT
     _check_learns(state)

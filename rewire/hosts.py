@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 
 from rewire import attention, traced, uses
 from rewire.errors import PassError
+from rewire.joined import Joined, apart, joined
 from rewire.passes import backward_id
 from rewire.state import LayerState
 from rewire.uses import Owned
@@ -194,6 +195,7 @@ class Watch(TorchFunctionMode):
         batch_first: of the attention that is being watched.
         owned: the watched weights, and what modules made of them, by the tensor's identity.
         tied: the further layers that have a watched weight too.
+        joined: what modules made of several watched weights, by its identity.
         stack: the modules being watched, outermost first, their hosts, and the weights watched for on their behalf.
     """
 
@@ -202,6 +204,7 @@ class Watch(TorchFunctionMode):
         self.batch_first = False
         self.owned: dict[int, Owned] = {}
         self.tied: dict[int, list[LayerState]] = {}
+        self.joined: dict[int, Joined] = {}
         self.stack: list[tuple[nn.Module, Host | None, list[Owned]]] = []
 
     def add(self, module: nn.Module, host: Host | None, layers: list[tuple[str, LayerState]]) -> None:
@@ -251,6 +254,10 @@ class Watch(TorchFunctionMode):
         """``func``, as a call of the layer whose weight it is given, if any."""
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if self.joined and seat is None:
+            y = apart(self.operation, func, args, kwargs, self._joined)
+            if y is not None:
+                return y
         use = uses.find(func, args, kwargs, self.owner)
         if use is not None:
             self._note(use.owned)
@@ -268,12 +275,15 @@ class Watch(TorchFunctionMode):
             state.functional = True
             state.changed()
         for _, host, _ in reversed(self.stack):
-            if host is None or any(known is state for _, known in host.used):
+            if host is None:
+                return
+            if any(known is state for _, known in host.used):
+                host.makes = host.makes or bool(self.joined)
                 return
             mine = next((entry for entry in (*host.below, *host.children) if entry[1] is state), None)
             if mine is not None:
                 host.used.append(mine)
-                host.makes = host.makes or not isinstance(owned.tensor, nn.Parameter)
+                host.makes = host.makes or bool(self.joined) or not isinstance(owned.tensor, nn.Parameter)
                 return
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -281,6 +291,15 @@ class Watch(TorchFunctionMode):
         if func in _LOOK_UPS or not isinstance(result, Tensor) or not result.requires_grad or result.dim() == 0:
             return  # rows looked up in a tied embedding, a shape, a copy without gradient, a penalty on the weight
         numbers = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.is_floating_point()]
+        if self._joined(result) is not None:
+            return  # a view
+        together = joined(func, args, kwargs, result, self.owner)
+        if together is not None:
+            self.joined[id(result)] = together
+            return
+        for lost in filter(None, map(self._joined, numbers)):
+            for part in filter(None, map(self.owner, lost.parts)):
+                self._lost(part, func)
         for t in numbers:
             owned = self.owner(t)
             if owned is None or self.owner(result) is not None:
@@ -291,10 +310,18 @@ class Watch(TorchFunctionMode):
                 made = self.owned[id(result)] = Owned(owned.layer, owned.state, owned.name, result, owned.weight)
                 self.stack[0][2].append(made)
             else:
-                user = type(self.stack[-1][0])
-                where, name = getattr(user, "_rewired_from", user).__name__, getattr(func, "__name__", str(func))
-                owned.state.dead(f"{where} gives its weight to {name!r}")
+                self._lost(owned, func)
             return
+
+    def _lost(self, owned: Owned, func: Any) -> None:
+        user = type(self.stack[-1][0])
+        where, name = getattr(user, "_rewired_from", user).__name__, getattr(func, "__name__", str(func))
+        owned.state.dead(f"{where} gives its weight to {name!r}")
+
+    def _joined(self, t: Tensor) -> Joined | None:
+        """What ``t``, or what it is a view of, was made of, if that is several weights."""
+        found = self.joined.get(id(t))
+        return self.joined.get(id(t._base)) if found is None and self.joined and t._is_view() else found
 
 
 def attend(

@@ -23,6 +23,7 @@ from rewire.picks import Pick, Unclear, pick_of
 from rewire.pours import pours_below
 from rewire.roles import Role
 from rewire.rules.base import DirectRule
+from rewire.spread import spread_below
 from rewire.stacks import stacked_below
 from rewire.state import LayerState
 from rewire.streaming import stream_of
@@ -50,7 +51,7 @@ def note_rows(state: LayerState, x: Tensor) -> Pick | None:
 def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, OutputError]:
     """The error for each call below that sees another than ``error``, of which ``y`` is the output.
 
-    These are calls whose rows were added up by index, or that feed only some of the rows.
+    These are calls whose rows were added up by index, that feed only some of the rows, or that meet every sample.
     """
     wiring = call.state.wiring
 
@@ -61,6 +62,8 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
     if call.pick is None and y.dim() > 1:
         rows.update(parts_below(call.sources, y.shape[0], call_of, sources))
     rows.update(pours_below(call.sources, call_of, sources))
+    if call.pick is None and y.dim() == 3 and error.axis == -1:
+        rows = spread_below(call.sources, y.shape, call_of, sources) | rows
     found: dict[Call, OutputError] = {}
     for lower, of in rows.items():
         state = lower.state

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 Owner = Callable[[Tensor], "Owned | None"]
 
-_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
-_REVERSED = {Tensor.__rmatmul__}
+PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__}
+REVERSED = {Tensor.__rmatmul__}
 # bias + a b; the bias may be any tensor, a parameter in most cases
 _SUMS = {torch.addmm, torch.baddbmm, torch.addbmm, Tensor.addmm, Tensor.baddbmm, Tensor.addbmm}
 # Operations in which a weight can meet an x.
-KNOWN = frozenset({*OPERATIONS, *_PRODUCTS, *_REVERSED, *_SUMS, torch.einsum})
+KNOWN = frozenset({*OPERATIONS, *PRODUCTS, *REVERSED, *_SUMS, torch.einsum})
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
             other = next(i for i, leaf in enumerate(leaves) if leaf is bound["input"])
             direct = (func, {n: v for n, v in bound.items() if n not in ("input", "weight")})
         elif other >= 0 and func is not torch.einsum:
-            turned = (place < other) != (func in _REVERSED)
+            turned = (place < other) != (func in REVERSED)
             mixes = -1 if turned else -2
         elif other >= 0:
             mixes = _letters(leaves)[place].index(_letters(leaves)[other][-1])

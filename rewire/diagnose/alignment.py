@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rewire.diagnose import trust
+from rewire.diagnose.match import close, cosine, matched
 from rewire.diagnose.measure import Twin, Watched
-from rewire.diagnose.verify import close, cosine
 from rewire.diagnose.watch import Gradients, Randomness, Seen, bare, eagerly, layers_of
 from rewire.errors import ConversionError
 from rewire.roles import Role
@@ -245,7 +245,7 @@ def _measure(
         for name, by_chance in chance.items():
             drawn, plain = _pair(twin.weights[name], gradients, theirs.gradients)
             by_chance.angles.append(angle(drawn, plain))
-            by_chance.exact &= close(drawn, plain)
+            by_chance.exact &= all(map(close, drawn, plain))
     moved = twin.with_weights_moved()
     layers = [
         _layer(twin, name, ours, theirs, moved, chance[name], mirrors[name], starts.get(name)) for name in twin.layers
@@ -293,7 +293,7 @@ def _layer(
     elif weight_angle is None:
         notes.append(_why(got, plain))
 
-    exact = weight_angle is not None and close(got, plain) and chance.exact
+    exact = weight_angle is not None and all(map(close, got, plain)) and chance.exact
     output = state.role is Role.OUTPUT
     if output:
         notes.append("output layer: exact by definition, not in Γ" if exact else "output layer: not in Γ")
@@ -348,7 +348,7 @@ def _layer(
 
 def angle(a: Sequence[Tensor], b: Sequence[Tensor]) -> float | None:
     """Between two lists of tensors taken as one vector each, in degrees; None if either is zero or not finite."""
-    cos = cosine(a, b)
+    cos = cosine(matched(a, b))
     if cos is None or not math.isfinite(cos):
         return None
     return math.degrees(math.acos(max(-1.0, min(1.0, cos))))

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.buffers import memory_of
+from rewire.diagnose.match import Match, close
 from rewire.diagnose.watch import Layer, Randomness, Seen
 from rewire.errors import RoutingError
 from rewire.feedback import quick_normal, standard_normal
@@ -227,11 +228,11 @@ class Local:
         used: ``feedback(model)`` there, by layer.
 
     Attributes:
-        weights: (W, B) of each layer's newest call.
+        shown: by layer, whether ``used`` is the B of its newest call.
     """
 
     def __init__(self, calls: Mapping[str, list[Seen]], used: Callable[[str], Mapping[str, Tensor]]) -> None:
-        self.weights: dict[str, tuple[Tensor, Tensor]] = {}
+        self.shown: dict[str, bool] = {}
         self._left = {name: list(seen) for name, seen in calls.items()}
         self._used = used
 
@@ -248,19 +249,24 @@ class Local:
                 self._forward(ours, call, layer)
             else:
                 self._use(ours, call, layer)
+        if not left:
+            ours.state.randoms, ours.state.local = {}, None  # made from the seed again if anybody asks
+
+    def _show(self, ours: Seen, B: Tensor) -> None:
+        used = self._used(ours.name).get(ours.state.name)
+        self.shown[ours.name] = used is not None and close(used, B.to(used.dtype))
 
     def _use(self, ours: Seen, call: Seen, layer: Layer) -> None:
         assert call.again is not None
         W = ours.state.kind.look(layer.module)
         if ours.plain:
             B = backward_weight(ours.state, W, ours.draw, layer.module)
-            self.weights[call.name] = W, B
+            self._show(ours, B)
         elif isinstance(ours.state.rule, LocalRule):  # of a weight that the other module alone knows how to make
             B = self._used(call.name)[ours.state.name]
         else:
             return
-        (place,) = ours.places
-        x = place.x.clone().requires_grad_()
+        _, (x,) = _fresh(call.args, ours)
         _expect(ours, call.again(B.to(W.dtype))(x), [x])
 
     def _forward(self, ours: Seen, call: Seen, layer: Layer) -> None:
@@ -286,7 +292,7 @@ class Local:
                 if buffer._version != version:  # what only was read may be a part of the graph
                     buffer.copy_(kept)
         if split.found is not None:
-            self.weights[call.name] = split.found
+            self._show(ours, split.found)
             _expect(ours, y, xs)
 
 
@@ -296,7 +302,7 @@ class _Split(TorchFunctionMode):
     def __init__(self, theirs: Seen, module: nn.Module, shape: torch.Size, others: list[nn.Parameter]) -> None:
         super().__init__()
         self.theirs, self.module, self.shape, self.others = theirs, module, shape, others
-        self.found: tuple[Tensor, Tensor] | None = None
+        self.found: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -306,7 +312,7 @@ class _Split(TorchFunctionMode):
         if weight is None or weight.shape != self.shape or any(weight is other for other in self.others):
             return func(*args, **kwargs)
         B = backward_weight(self.theirs.state, weight.detach(), self.theirs.draw, self.module)
-        self.found = weight.detach(), B
+        self.found = B
         x = _argument(args, kwargs, *_INPUT_AT[func])
         cut_args, cut_kwargs = _replaced(args, kwargs, _INPUT_AT[func], x.detach())
         fed_args, fed_kwargs = _replaced(args, kwargs, _WEIGHT_AT[func], B)
@@ -337,7 +343,8 @@ def _expect(theirs: Seen, output: Any, xs: list[Tensor]) -> None:
     ends = [(y, delta.to(y.dtype)) for y, delta in zip(outputs, theirs.deltas, strict=True) if delta is not None]
     grads = torch.autograd.grad([y for y, _ in ends], xs, [delta for _, delta in ends], allow_unused=True)
     for place, x, grad in zip(theirs.places, xs, grads, strict=True):
-        theirs.expected[place.leaf] = torch.zeros_like(x) if grad is None else grad
+        wanted = torch.zeros_like(x) if grad is None else grad
+        theirs.expected[place.leaf] = Match.of(torch.zeros_like(x) if place.handed is None else place.handed, wanted)
 
 
 Where = tuple[int, str]  # position and name of an argument

@@ -11,6 +11,7 @@ from rewire.diagnose.watch import Pass, Seen
 from rewire.nodes import Node
 from rewire.parts import parts_below
 from rewire.pours import pours_below
+from rewire.spread import spread_below
 
 
 class Flow:
@@ -43,9 +44,9 @@ class Flow:
             def ends(call: Seen, wiring: object = wiring) -> bool:
                 return call.state.wiring is wiring and starts(call) and call.delta is not None
 
-            first = [call for call in self._upstream(roots, ends) if ends(call)]
+            first = [call for call in _upstream(self._at, roots, ends) if ends(call)]
             for call in first:
-                self._feeders[call] = set(self._upstream(call.sources))
+                self._feeders[call] = set(_upstream(self._at, call.sources))
                 self._rows[call] = self._rows_of(call)
             found = [call for call in first if not any(call in self._feeders[o] for o in first if o is not call)]
             self.only &= len(found) == len(first)
@@ -56,6 +57,7 @@ class Flow:
             for weight in direct_uses(roots, lambda node: self._at[node].sources if node in self._at else None)
         }
         self.uses = {name for name, tensors in weights.items() if any(id(t) in met for t in tensors)}
+        self._at = {}  # or the graph, with all the weights on it, would live as long as this
 
     def downstream(self, call: Seen) -> list[Seen]:
         """The output calls of the same conversion that ``call`` feeds, itself included."""
@@ -71,22 +73,41 @@ class Flow:
         y = output.outputs[0]
         if output.pick is None and y.dim() > 1:
             found.update(parts_below(output.sources, y.shape[0], self._at.get, lambda below: below.sources))
-        return found | pours_below(output.sources, self._at.get, lambda below: below.sources)
+        found |= pours_below(output.sources, self._at.get, lambda below: below.sources)
+        if output.pick is None and y.dim() == 3 and output.state.kind.axis(3) == -1:
+            found = spread_below(output.sources, y.shape, self._at.get, lambda below: below.sources) | found
+        return found
 
-    def _upstream(self, roots: Iterable[Node], stop: Callable[[Seen], bool] = lambda _: False) -> list[Seen]:
-        found: dict[Seen, None] = {}
-        visited: set[Node] = set()
-        stack = list(roots)
-        while stack:
-            node = stack.pop()
-            if node in visited:
-                continue
-            visited.add(node)
-            call = self._at.get(node)
-            if call is None:
-                stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-            elif call not in found:
-                found[call] = None
-                if not stop(call):
-                    stack.extend(call.sources)
-        return list(found)
+
+def may_be_outputs(seen: Pass, starts: Callable[[Seen], bool]) -> set[Seen]:
+    """Those among which the output calls are, before a backward has shown which of them a gradient reaches."""
+    found: set[Seen] = set()
+    roots = [] if seen.loss.grad_fn is None else [seen.loss.grad_fn]
+    for wiring in {id(call.state.wiring): call.state.wiring for call in seen}.values():
+
+        def ends(call: Seen, wiring: object = wiring) -> bool:
+            return call.state.wiring is wiring and starts(call)
+
+        found |= {call for call in _upstream(seen.at, roots, ends) if ends(call)}
+    return found
+
+
+def _upstream(
+    at: Mapping[Node, Seen], roots: Iterable[Node], stop: Callable[[Seen], bool] = lambda _: False
+) -> list[Seen]:
+    found: dict[Seen, None] = {}
+    visited: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        call = at.get(node)
+        if call is None:
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+        elif call not in found:
+            found[call] = None
+            if not stop(call):
+                stack.extend(call.sources)
+    return list(found)

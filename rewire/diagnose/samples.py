@@ -7,13 +7,14 @@ that several samples depend on (batch statistics, a table of positions) show no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rewire.diagnose.graph import Flow
+from rewire.diagnose.match import PIECE
 from rewire.diagnose.watch import Pass, Place, Seen
 
 Errors = Mapping[Seen, list[Tensor | None]]
@@ -36,7 +37,7 @@ class Samples:
     """The factors of every input in one pass.
 
     Args:
-        seen: of plain backprop, with its graph.
+        seen: of plain backprop, with its graph, which is used up.
         errors: gradients at the output calls.
     """
 
@@ -44,27 +45,32 @@ class Samples:
         self.factors: dict[Place, list[Factors]] = {}
         self.known: dict[int, Tensor] = {}
         ends = [
-            (y, e, output.state.kind.axis(e.dim()))
+            (end, e, output.state.kind.axis(e.dim()))
             for output in flow.outputs
-            for y, e in zip(output.outputs, errors[output], strict=True)
+            for end, e in zip(output.ends, errors[output], strict=True)
             if e is not None
         ]
         # (T, N, n) or (N, T, n)? Where samples do not mix, either dimension is as good.
         dims = [d for d in (0, 1) if any(_has_samples(e, axis, d) for _, e, axis in ends)]
         if not dims:
             return
-        places = [place for call in seen for place in call.places]
-        seen.backward([y for y, _, _ in ends], [e for _, e, _ in ends])
-        plain = {place: place.handed for place in places}
+        roots = [end for end, _, _ in ends]
+        axes = {place: call.state.kind.axis(place.x.dim()) for call in seen for place in call.places}
+
+        def ignore(call: Seen, index: int, gradient: Tensor | None) -> None: ...
+
+        seen.backward(roots, [e for _, e, _ in ends], at_output=ignore)
+        plain = {place: place.handed for place in axes if place.handed is not None and axes[place] != 0}
         for dim in dims:
             self.known[dim] = _factors(max(e.shape[dim] for _, e, axis in ends if _has_samples(e, axis, dim)))
-            seen.backward([y for y, _, _ in ends], [weighted(e, axis, dim) for _, e, axis in ends])
-            for call in seen:
-                for place in call.places:
-                    before, after = plain[place], place.handed
-                    axis = call.state.kind.axis(place.x.dim())
-                    if before is not None and after is not None and axis != 0:
-                        self.factors.setdefault(place, []).append(compare(before, after, axis, dim))
+
+            def note(place: Place, after: Tensor | None, dim: int = dim) -> None:
+                before = plain.get(place) if dim != dims[-1] else plain.pop(place, None)
+                if before is not None and after is not None:
+                    self.factors.setdefault(place, []).append(compare(before, after, axes[place], dim))
+
+            weights = [weighted(e, axis, dim) for _, e, axis in ends]
+            seen.backward(roots, weights, last=dim == dims[-1], at_place=note, at_output=ignore)
 
     def disagree(
         self, place: Place, axis: int, fed: Tensor, fed_weighted: Mapping[int, Tensor], coarse: bool = False
@@ -86,11 +92,10 @@ class Samples:
             # What many samples share gets the mean of their errors, also where one alone used it in this pass.
             others = got.clear & ((got.factor - shown.factor).abs() > (3 if coarse else 1) * _TOLERANCE)
             # A row that several samples share may have grown by some factor too, but by none of theirs.
-            known = self.known[shown.dim].to(shown.factor)
-            single = ((shown.factor[:, None] - known).abs() <= 1e-3).any(1)
+            single = _nearest(self.known[shown.dim].to(shown.factor), shown.factor) <= 1e-3
             if _rows(fed, axis).shape[1] == 1 and not bool(single[shown.clear].all()):
                 continue  # a number is a multiple of any other: one that happens to fit shows nothing
-            rows = shown.clear & single & _alive(_rows(fed, axis))
+            rows = shown.clear & single & _alive(_squares(_rows(fed, axis)))
             verdicts.append(bool((rows & others).any()))
         return bool(verdicts) and all(verdicts)
 
@@ -104,6 +109,14 @@ def _factors(count: int) -> Tensor:
     return 0.5 + (torch.arange(count, dtype=torch.float64) * _GOLDEN) % 1
 
 
+def _nearest(known: Tensor, factors: Tensor) -> Tensor:
+    """How far each factor is from the nearest of ``known``."""
+    known = known.sort().values
+    above = torch.searchsorted(known, factors).clamp(max=len(known) - 1)
+    below = (above - 1).clamp(min=0)
+    return torch.minimum((known[above] - factors).abs(), (known[below] - factors).abs())
+
+
 def weighted(e: Tensor, axis: int, dim: int) -> Tensor:
     """``e`` with each sample multiplied by a number of its own."""
     if not _has_samples(e, axis, dim):
@@ -114,21 +127,46 @@ def weighted(e: Tensor, axis: int, dim: int) -> Tensor:
 
 def compare(before: Tensor, after: Tensor, axis: int, dim: int, coarse: bool = False) -> Factors:
     """What each row of ``before`` was multiplied by to give ``after``."""
-    a, b = (_rows(t, axis).double() for t in (before, after))
-    size = a.square().sum(1)
-    factor = (a * b).sum(1) / size.clamp_min(1e-300)
-    rest = (b - factor[:, None] * a).square().sum(1).sqrt()
+    a, b = _rows(before.detach(), axis), _rows(after.detach(), axis)
+    size, dot, rest = (torch.zeros(len(a), dtype=torch.float64, device=a.device) for _ in range(3))
+    for rows, columns in _pieces(*a.shape):
+        x, y = a[rows, columns].double(), b[rows, columns].double()
+        size[rows] += x.square().sum(1)
+        dot[rows] += (x * y).sum(1)
+    factor = dot / size.clamp_min(1e-300)
+    whole = torch.zeros_like(rest)
+    for rows, columns in _pieces(*a.shape):
+        x, y = a[rows, columns].double(), b[rows, columns].double()
+        rest[rows] += (y - factor[rows, None] * x).square().sum(1)
+        whole[rows] += y.square().sum(1)
     precise = 3e-2 if coarse or before.dtype.itemsize <= 2 else 1e-3
-    return Factors(dim, factor, _alive(a) & (rest <= precise * b.square().sum(1).sqrt()))
+    return Factors(dim, factor, _alive(size) & (rest.sqrt() <= precise * whole.sqrt()))
+
+
+def _pieces(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """A matrix in pieces small enough for copies in float64."""
+    wide = max(min(columns, PIECE), 1)
+    high = max(PIECE // wide, 1)
+    for top in range(0, rows, high):
+        for left in range(0, columns, wide):
+            yield slice(top, top + high), slice(left, left + wide)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    found = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for at, columns in _pieces(*rows.shape):
+        found[at] += rows[at, columns].double().square().sum(1)
+    return found
 
 
 def _rows(t: Tensor, axis: int) -> Tensor:
-    return t.reshape(-1, t.shape[-1]) if axis == -1 else t.flatten(1)
+    if axis == -1:
+        return t.reshape(-1, t.shape[-1]) if t.numel() else t.new_zeros(0, 0)  # a layer may have no features at all
+    return t.flatten(1)
 
 
-def _alive(rows: Tensor) -> Tensor:
-    """Rows that are not zero, or too small to tell."""
-    size = rows.double().square().sum(1)
+def _alive(size: Tensor) -> Tensor:
+    """Of sums of squares by row: which are of rows that are not zero, or too small to tell."""
     return size > 1e-8 * size.max() if size.numel() else size > 0
 
 

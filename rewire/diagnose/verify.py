@@ -16,7 +16,7 @@ Everything is measured from outside, on copies of the model (:mod:`rewire.diagno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ from rewire.arguments import check_model
 from rewire.ask import feedback
 from rewire.convert import restore
 from rewire.diagnose.formula import Local, context, fed_back, follows, signal
-from rewire.diagnose.graph import Flow
+from rewire.diagnose.graph import Flow, may_be_outputs
+from rewire.diagnose.match import Match, alike, all_close, cosine, largest
 from rewire.diagnose.samples import Samples, weighted
 from rewire.diagnose.watch import (
     Buffers,
@@ -44,6 +45,7 @@ from rewire.diagnose.watch import (
     eagerly,
     gradients_of,
     layers_of,
+    outline,
     settle,
     take_gradients,
 )
@@ -151,8 +153,9 @@ def verify(model: nn.Module, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> V
 
     Works on deep copies (one at a time) with the random state put back afterwards, so that parameters, gradients,
     buffers, scales and random numbers of ``model`` are as before. A model that has not been trained yet is given
-    the first, measuring pass on the copy. Besides the copy, every layer's input and gradient are kept: count on
-    three times the memory of a training step, and the time of ten.
+    the first, measuring pass on the copy. At its peak there are, besides the model, one copy of it, two sets of
+    gradients, the graph of a training step and what its layers handed back and were handed. It takes the time of ten
+    steps.
 
     Args:
         model: a converted model.
@@ -195,6 +198,8 @@ class _Verify:
         self.problems: list[str] = []
         self._newest: tuple[str | None, dict[str, Tensor]] = (None, {})
         self.twins: dict[Place, Place] = {}  # of a place of the converted model, the same in the reference
+        self.plain: dict[Place, Match] = {}  # how what was handed back compares to backprop's
+        self.formula: dict[Place, Match | None] = {}  # and to what a direct rule says
 
     def result(self) -> Verification:
         """Run everything."""
@@ -223,13 +228,14 @@ class _Verify:
         settle(states.values(), lambda: self._plainly(model, buffers))
         draws = {state: state.draws for state in states.values()}
         self._again(buffers)
-        ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut)
+        ours = Pass(model, self.layers, self.inputs, self.loss_fn, self.cut, lean=True)
         gradients = ours.backward(last=True)
         for state, draw in draws.items():
             state.draws = draw
         off = self._differ(gradients, self._plainly(model, buffers))
         self._blame(off, "its parameters get other gradients when nobody watches")
         self._check_followed(gradients)
+        _share(model, self.model)
         return ours, gradients
 
     def _copy(self) -> nn.Module:
@@ -249,7 +255,7 @@ class _Verify:
             if gradient is None:
                 continue
             wanted = follows(layer, gradient)
-            if not _same([gradients.get(prefix + full) for full in wanted], list(wanted.values())):
+            if not all(alike(gradients.get(prefix + full), g) for full, g in wanted.items()):
                 self.wrong.setdefault(name, "its feedback did not get the gradient that follows from its weight's")
 
     def _used(self, name: str) -> dict[str, Tensor]:
@@ -281,31 +287,28 @@ class _Verify:
                     parameter.requires_grad_()  # or the graph would not show what uses it
         self._again()
         local = Local(self.ours.calls, self._used)
-        theirs = Pass(model, layers, self.inputs, self.loss_fn, self.cut, local.before)
-        self.weights = local.weights
+        theirs = Pass(model, layers, self.inputs, self.loss_fn, self.cut, local.before, lean=True)
+        self.shown = local.shown
+        del local
         self._pair(theirs)
 
-        plain = theirs.backward()
-        self.reached = {call: other.delta is not None for call, other in self.calls.items()}
-        self.plain = {place: _filled(other) for place, other in self.twins.items()}
+        plain = self._plain_backward(theirs)
         weights = {name: weights_of(layer) for name, layer in layers.items() if layer.state.kind.local}
         self.flow = Flow(theirs, weights, self._starts)
-        self.samples = Samples(theirs, self.flow, {output: list(output.deltas) for output in self.flow.outputs})
+        errors = {output: list(output.deltas) for output in self.flow.outputs}
         # Their own, because the layers of another conversion may lie between an output layer and the loss; that they
         # are what follows from what was handed back is shown below.
-        self.errors = {other: call.deltas for call, other in self.calls.items() if other in self.flow.outputs}
+        self.errors = {other: list(call.deltas) for call, other in self.calls.items() if other in self.flow.outputs}
+        self._check_formula()
 
-        for place, other in self.twins.items():
-            other.put = _filled(place)
-        off = self._differ(gradients, theirs.backward(last=True))
+        off = self._differ(gradients, self._replaced_backward(theirs))
         self.inexact = self._blame(off, "its parameters did not get the gradient of their own operation")
-        for name, calls in self.ours.calls.items():
-            others = theirs.calls[name]
-            if len(calls) != len(others):
-                self.wrong.setdefault(name, "runs another number of times under 'bp'")
-            elif not all(_same(a.deltas, b.deltas) for a, b in zip(calls, others, strict=True) if a.takes_part):
-                self.wrong.setdefault(name, "the gradient at its output is not what plain autograd brings there")
-        del model, layers, theirs.model
+        gradients.clear()
+        self.samples = Samples(theirs, self.flow, errors)
+        take_gradients(model)
+        theirs.end()
+        _empty(model)
+        del model, layers, theirs, weights
 
         model = copy_of(self.model)
         try:
@@ -314,7 +317,75 @@ class _Verify:
             return
         take_gradients(model)
         off = self._differ(plain, self._plainly(model))
+        _empty(model)
         self._blame(off, "switched to 'bp', its parameters do not get plain backprop's gradient")
+
+    def _plain_backward(self, theirs: Pass) -> Gradients:
+        """Backprop as it is: which calls it reaches, and how what was handed back compares to it."""
+        back = {other: place for place, other in self.twins.items()}
+        outputs = may_be_outputs(theirs, self._starts)
+
+        def at_place(other: Place, gradient: Tensor | None) -> None:
+            if (place := back.pop(other, None)) is not None:
+                self.plain[place] = Match.of(
+                    _filled(place), torch.zeros_like(place.x) if gradient is None else gradient
+                )
+
+        def at_output(other: Seen, index: int, gradient: Tensor | None) -> None:
+            # Of all others it only matters whether a gradient came.
+            keep: Callable[[Tensor], Tensor] = torch.clone if other in outputs else outline
+            other.deltas[index] = None if gradient is None else keep(gradient.detach())
+
+        gradients = theirs.backward(at_place=at_place, at_output=at_output)
+        for other in list(back):
+            at_place(other, None)
+        self.reached = {call: other.delta is not None for call, other in self.calls.items()}
+        return gradients
+
+    def _check_formula(self) -> None:
+        """How what was handed back compares to what direct rules say."""
+        for name, state in self.states.items():
+            if isinstance(state.rule, DirectRule) and state.active and state.settled:
+                for call in self.ours.calls[name]:
+                    for place in call.places if call.delta is not None else ():
+                        wanted = self._expected(call, place)
+                        self.formula[place] = None if wanted is None else Match.of(_filled(place), wanted)
+
+    def _replaced_backward(self, theirs: Pass) -> Gradients:
+        """What the layers handed back in the place of backprop's own. Nothing of it, nor of deltas, is kept."""
+        back = {other: place for place, other in self.twins.items()}
+        ours = {other: call for call, other in self.calls.items() if call.takes_part}
+        left = {(other, i) for other, call in ours.items() for i in range(len(call.deltas))}
+        astray: set[str] = set()
+
+        def at_place(other: Place, gradient: Tensor | None) -> Tensor | None:
+            place = back.get(other)
+            if place is None:
+                return None
+            handed, place.handed = _filled(place), None
+            return handed
+
+        def at_output(other: Seen, index: int, gradient: Tensor | None) -> None:
+            if (other, index) in left:
+                left.remove((other, index))
+                deltas = ours[other].deltas
+                delta = deltas[index]
+                if not alike(delta, gradient):
+                    astray.add(other.name)
+                deltas[index] = None if delta is None else outline(delta)
+
+        gradients = theirs.backward(at_place=at_place, at_output=at_output)
+        for other, index in list(left):
+            at_output(other, index, None)
+        for name, calls in self.ours.calls.items():
+            others = theirs.calls[name]
+            if len(calls) != len(others):
+                self.wrong.setdefault(name, "runs another number of times under 'bp'")
+            elif name in astray or any(
+                len(a.deltas) != len(b.deltas) for a, b in zip(calls, others, strict=True) if a.takes_part
+            ):
+                self.wrong.setdefault(name, "the gradient at its output is not what plain autograd brings there")
+        return gradients
 
     def _starts(self, call: Seen) -> bool:
         """Whether a call's layer may be an output layer."""
@@ -337,11 +408,11 @@ class _Verify:
         for name, gradient in b.items():
             if gradient is not None and gradient.numel():
                 owner = name.rpartition(".")[0]
-                sizes[owner] = max(sizes.get(owner, 0.0), float(gradient.abs().max()))
+                sizes[owner] = max(sizes.get(owner, 0.0), largest(gradient))
         return {
             name
             for name in self.trained
-            if not _same([a.get(name)], [b.get(name)], sizes.get(name.rpartition(".")[0], 0.0))
+            if not alike(a.get(name), b.get(name), sizes.get(name.rpartition(".")[0], 0.0))
         }
 
     def _owns(self, name: str, parameter: str) -> bool:
@@ -423,12 +494,12 @@ class _Verify:
             return say((WRONG, wrong), self._cosines(ran))
         if not state.active:
             return say(self._on_backprop(ran))
-        pairs = [(call, place) for call in ran for place in call.places]
+        pairs = [(call, place) for call in ran for place in call.places if place.x.numel()]
         if not pairs:
             return say((FIRST, "nothing to hand back to"))
         if not state.settled:
             somewhere = any(e is not None and bool(e.any()) for errors in self.errors.values() for e in errors)
-            nothing = not self._error_arrives(pairs) and not any(bool(_filled(place).any()) for _, place in pairs)
+            nothing = not self._error_arrives(pairs) and all(self._nothing(place) for _, place in pairs)
             if somewhere and nothing:
                 return say((NOT_RUN, "the output error is zero here, and its scale was not measured yet"))
             return say((WRONG, "its scale could not be measured: so far it hands back what backprop does"))
@@ -438,39 +509,45 @@ class _Verify:
         for call in ran:
             for place in call.places:
                 wanted = call.expected.get(place.leaf)
-                if wanted is not None and not close([_filled(place)], [wanted]):
+                if wanted is not None and not wanted.close():
                     return WRONG, "what was handed back is not backprop's gradient"
         output = any(self.calls.get(call) in self.errors for call in ran)
         return ON_BACKPROP, "output layer, exact gradient" if output else "kept on backprop"
 
     def _cosines(self, ran: list[Seen]) -> dict[str, float | None]:
         pairs = [(call, place) for call in ran for place in call.places]
-        handed = [_filled(place) for _, place in pairs]
-        plain = [self.plain.get(place) for _, place in pairs]
-        wanted = [self._expected(call, place) for call, place in pairs] if ran and ran[0].state.active else []
+        wanted = [self._match(call, place) for call, place in pairs] if ran and ran[0].state.active else []
         return {
-            "formula": cosine(handed, wanted) if wanted else None,
-            "backprop": cosine(handed, plain) if plain else None,
+            "formula": cosine(wanted) if wanted else None,
+            "backprop": cosine([self.plain.get(place) for _, place in pairs]) if pairs else None,
         }
+
+    def _match(self, call: Seen, place: Place) -> Match | None:
+        """How what was handed back at ``place`` compares to what the rule says; None if that is not known."""
+        return self.formula.get(place) if isinstance(call.state.rule, DirectRule) else call.expected.get(place.leaf)
+
+    def _nothing(self, place: Place) -> bool:
+        """Whether zeros were handed back, or nothing was."""
+        match = self.plain.get(place)
+        return not bool(_filled(place).any()) if match is None else match.nothing
 
     def _verdict(self, state: LayerState, name: str, pairs: list[tuple[Seen, Place]]) -> tuple[str, str]:
         """Status and note of a layer that had something to hand back."""
-        handed = [_filled(place) for _, place in pairs]
-        plain = [self.plain.get(place) for _, place in pairs]
-        as_backprop = close(handed, plain) and any(bool(h.any()) for h in handed)
-        expected = [self._expected(call, place) for call, place in pairs]
+        silence = all(self._nothing(place) for _, place in pairs)
+        as_backprop = all_close([self.plain.get(place) for _, place in pairs]) and not silence
+        matches = [self._match(call, place) for call, place in pairs]
         rule = state.rule
         direct = isinstance(rule, DirectRule)
-        if any(e is None for e in expected):
-            if not any(bool(h.any()) for h in handed):
+        if any(match is None for match in matches):
+            if silence:
                 return UNROUTED if direct else WRONG, "nothing was handed back"
             if as_backprop:
                 return WRONG, f"what was handed back is {_BACKPROP}"
             if direct:
                 return WRONG, "feedback(model) does not fit the output error that comes here"
             return LIVE, "formula not recomputed: an operation that is not known"
-        if not close(handed, expected, coarsest=_coarsest(state)):
-            if not any(bool(h.any()) for h in handed):
+        if not all_close(matches, _coarsest(state)):
+            if silence:
                 return UNROUTED if direct else WRONG, "nothing was handed back"
             return WRONG, f"what was handed back is {_BACKPROP if as_backprop else _NOT_THE_RULE}"
         if as_backprop and type(state.rule).__module__.startswith("rewire.rules."):
@@ -478,24 +555,24 @@ class _Verify:
                 return LIVE, "the rule comes to the same as backprop here"
             return WRONG, f"what was handed back is {_BACKPROP}"
         if not direct:
-            B, ours = self._used(name).get(state.name), self.weights.get(name)
-            if B is None or (ours is not None and not close([B], [ours[1].to(B.dtype)])):
+            shown = self.shown.get(name)
+            if shown is None:  # an operation that is not known
+                shown = state.name in self._used(name)
+            if not shown:
                 return WRONG, "feedback(model) does not show the backward weight that the rule says"
-        elif any(self._astray(call, place, e) for (call, place), e in zip(pairs, expected, strict=True)):
+        elif any(self._astray(call, place) for call, place in pairs):
             return WRONG, (
                 "rows of its input get the feedback of other samples' errors than their own: name the layout, "
                 "feed back a larger unit (blocks=), or use a local rule here"
             )
-        if not any(bool(h.any()) for h in handed):
+        if silence:
             if isinstance(rule, DirectRule) and not rule.silent and self._error_arrives(pairs):
                 return UNROUTED, "nothing was handed back, though there is an output error"
             return LIVE, "zeros, as the rule says"
         return LIVE, "hands back what backprop does" if as_backprop else ""
 
     def _expected(self, call: Seen, place: Place) -> Tensor | None:
-        """What the rule says comes back at ``place``; None where it cannot be computed again."""
-        if not isinstance(call.state.rule, DirectRule):
-            return call.expected.get(place.leaf)
+        """What a direct rule says comes back at ``place``; None where it cannot be computed again."""
         total: Tensor | None = None
         for sharing, at in self._sharing(call, place):
             fed = self._fed(sharing, at)
@@ -569,10 +646,13 @@ class _Verify:
                 total = total + added.to(fed.dtype)
         return total
 
-    def _astray(self, call: Seen, place: Place, fed: Tensor | None) -> bool:
+    def _astray(self, call: Seen, place: Place) -> bool:
         """Whether a row got the feedback of another sample's error."""
         other = self.twins.get(place)
-        if fed is None or other is None or place.shared is not place:
+        if other not in self.samples.factors or place.shared is not place:
+            return False
+        fed = self._fed(call, place)
+        if fed is None:
             return False
         weighted_too = {f.dim: self._fed(call, place, f.dim) for f in self.samples.factors.get(other, [])}
         known = {dim: t for dim, t in weighted_too.items() if t is not None}
@@ -592,6 +672,20 @@ _NOT_THE_RULE = "not what the rule says"
 # -- parts -------------------------------------------------------------------------------------------
 
 
+def _empty(copy: nn.Module) -> None:
+    """Let the parameters of a copy go that has had its day: layers refer to each other, so nothing else would soon."""
+    for p in copy.parameters():
+        if type(p.data) is Tensor:
+            p.data = p.data.new_empty(0)
+
+
+def _share(copy: nn.Module, model: nn.Module) -> None:
+    """Let a copy that no pass is run on any more have its parameters in common with the model, where they are equal."""
+    for p, q in zip(copy.parameters(), model.parameters(), strict=True):
+        if type(p.data) is type(q.data) is Tensor and p.shape == q.shape and torch.equal(p, q):
+            p.data = q.data
+
+
 def weights_of(layer: Layer) -> list[Tensor]:
     """What the layer's operation multiplies by: its weight, or what that is made of."""
     if layer.state.kind.part:
@@ -605,56 +699,10 @@ def _filled(place: Place) -> Tensor:
     return torch.zeros_like(place.x) if place.handed is None else place.handed
 
 
-def _same(a: Sequence[Tensor | None], b: Sequence[Tensor | None], size: float = 0.0) -> bool:
-    """:func:`close`, where nothing is as good as zeros."""
-    if len(a) != len(b):
-        return False
-    for x, y in zip(a, b, strict=True):
-        either = y if x is None else x
-        if either is not None:
-            zeros = torch.zeros_like(either)
-            if not close([zeros if x is None else x], [zeros if y is None else y], size):
-                return False
-    return True
-
-
-def close(
-    got: Sequence[Tensor | None],
-    wanted: Sequence[Tensor | None],
-    least: float = 0.0,
-    coarsest: torch.dtype | None = None,
-) -> bool:
-    """Equal to a few hundred units in the last place of the largest entry (few, in formats of two bytes).
-
-    Args:
-        least: what the largest entry is taken to be at least.
-        coarsest: a dtype that numbers went through on the way, if they did.
-    """
-    for a, b in zip(got, wanted, strict=True):
-        if a is None or b is None or a.shape != b.shape or not torch.isfinite(a).all():
-            return False
-        size = max(float(b.detach().abs().max()) if b.numel() else 0.0, least)
-        dtypes = (b.dtype,) if coarsest is None else (b.dtype, coarsest)
-        tolerance = max((2e3 if dtype.itemsize > 2 else 8) * torch.finfo(dtype).eps for dtype in dtypes)
-        if a.numel() and float((a - b).abs().max()) > tolerance * size:
-            return False
-    return True
-
-
 def _coarsest(state: LayerState) -> torch.dtype | None:
     """The dtype of a direct rule's feedback, if that is not the layer's own."""
     kept = state.structure().dtype if isinstance(state.rule, DirectRule) else None
     return kept if kept is not None and kept.is_floating_point else None
-
-
-def cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:
-    """Between two lists of tensors taken as one vector each; None if either is zero or not known."""
-    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    if len(pairs) < len(a):
-        return None
-    dot = sum(float((x * y).sum()) for x, y in pairs)
-    norms = [sum(float(pair[i].square().sum()) for pair in pairs) ** 0.5 for i in (0, 1)]
-    return dot / (norms[0] * norms[1]) if all(n > 0 for n in norms) else None
 
 
 def _show(cosine: float | None) -> str:

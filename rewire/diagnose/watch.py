@@ -22,15 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from rewire.arguments import check_loss
+from rewire.diagnose.match import Match
 from rewire.errors import ConversionError
 from rewire.nodes import Node
 from rewire.passes import backward_id
 from rewire.picks import Pick, Unclear, pick_of
 from rewire.preview import call as call_model
+from rewire.rules.base import LearnedDirect
 from rewire.state import LayerState
 from rewire.swap import states_of
 
 Gradients = dict[str, Tensor | None]
+Edge = torch.autograd.graph.GradientEdge
 Again = Callable[[Tensor], Callable[[Tensor], Any]]
 """weight -> (x -> y): a use of a weight by another module, with another weight."""
 
@@ -175,12 +178,11 @@ class Place:
     Attributes:
         leaf: which of the call's flattened arguments it is.
         index: which of those that need a gradient.
-        x: its value.
+        x: its value; of a pass that keeps no values, a tensor like it without any (:func:`outline`).
         node: its graph node.
         shared: the same for places whose gradient is one tensor's (``skip="cut"``); else the place itself.
-        handed: what came back in the newest backward.
+        handed: what came back in the newest backward, unless that was given to somebody else.
         whole: the gradient of the tensor that was given, of which ``handed`` is this layer's part; if asked for.
-        put: what to pass on in place of that; None to leave it.
     """
 
     leaf: int
@@ -190,11 +192,10 @@ class Place:
     shared: object
     handed: Tensor | None = None
     whole: Tensor | None = None
-    put: Tensor | None = None
 
-    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+    def keep(self, gradient: Tensor | None) -> None:
+        """What a backward does with what comes back, unless it is told something else."""
         self.handed = None if gradient is None else gradient.detach().clone()  # a node may hand back nothing
-        return self.put
 
     @property
     def at_input(self) -> Tensor | None:
@@ -212,16 +213,18 @@ class Seen:
 
     Attributes:
         name: of the layer.
-        args: (args, kwargs) it was given, detached.
+        args: (args, kwargs) it was given, detached; None in a pass that keeps no values.
         places: its inputs that get a gradient.
-        outputs: its outputs that have a gradient, on the graph.
-        deltas: the gradients there in the newest backward.
+        outputs: its outputs that have a gradient; of a pass that keeps no values, outlines of them.
+        ends: where on the graph these are.
+        deltas: the gradients there in the newest backward, unless these were given to somebody else.
+        walled: inputs that are walls, while it runs.
         first: number of the first of its inputs, among those that have a feedback of their own.
         again: for a weight that another module uses directly, how.
         plain: the weight used is the layer's own, not something made of it.
         pick: how the rows of its input were picked from the batch, if they were.
         draw: number of the redraw its rule made, for rules that redraw.
-        expected: what a local rule says is handed back, by argument; empty if it was not computed.
+        expected: how what was handed back compares to what a local rule says, by argument; empty if that is not known.
     """
 
     name: str
@@ -229,13 +232,15 @@ class Seen:
     args: Any
     places: list[Place] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    ends: list[Edge] = field(default_factory=list)
     deltas: list[Tensor | None] = field(default_factory=list)
+    walled: list[Tensor] = field(default_factory=list)
     first: int = 0
     again: Again | None = None
     plain: bool = True
     pick: Pick | None = None
     draw: int = 0
-    expected: dict[int, Tensor] = field(default_factory=dict)
+    expected: dict[int, Match] = field(default_factory=dict)
 
     @property
     def delta(self) -> Tensor | None:
@@ -253,6 +258,30 @@ class Seen:
         return [place.node for place in self.places if place.node is not None]
 
 
+AtPlace = Callable[[Place, Tensor | None], Tensor | None]
+AtOutput = Callable[[Seen, int, Tensor | None], None]
+
+
+@dataclass(eq=False)
+class _Ears:
+    """Who is told what arrives in the backward that runs. Apart from the pass, so that the graph does not hold that."""
+
+    place: AtPlace | None = None
+    output: AtOutput | None = None
+
+    def at_place(self, place: Place, gradient: Tensor | None) -> Tensor | None:
+        if self.place is not None:
+            return self.place(place, gradient)
+        place.keep(gradient)
+        return None
+
+    def at_output(self, call: Seen, index: int, gradient: Tensor | None) -> None:
+        if self.output is not None:
+            self.output(call, index, gradient)
+        else:
+            call.deltas[index] = None if gradient is None else gradient.detach().clone()
+
+
 class Pass:
     """One forward of a model, and as many backwards as wanted.
 
@@ -261,6 +290,7 @@ class Pass:
         cut: those whose inputs are walls (``skip="cut"``): watched without a clone, which would be behind the wall.
         beside: called as ``beside(call, layer)`` before the layer runs.
         whole: keep the whole gradient of every input too, not only what the layer hands back.
+        lean: keep no values that layers were given or returned, but for rules that look at their input.
 
     Attributes:
         calls: by layer name, in the order of the forward.
@@ -277,6 +307,7 @@ class Pass:
         cut: Container[str] = (),
         beside: Callable[[Seen, Layer], None] | None = None,
         whole: bool = False,
+        lean: bool = False,
     ) -> None:
         self.model = model
         self.calls: dict[str, list[Seen]] = {name: [] for name in layers}
@@ -286,6 +317,8 @@ class Pass:
         self._cut = cut
         self._beside = beside
         self._whole = whole
+        self._lean = lean
+        self._ears = _Ears()
         with self._watched(layers.values()):
             self.loss = loss_fn(call_model(model, inputs))
         check_loss(self.loss)
@@ -295,33 +328,47 @@ class Pass:
 
     def backward(
         self,
-        roots: Iterable[Tensor] | None = None,
+        roots: Iterable[Tensor | Edge] | None = None,
         gradients: Iterable[Tensor] | None = None,
         *,
         last: bool = False,
         leaves: Sequence[Tensor] | None = None,
+        at_place: AtPlace | None = None,
+        at_output: AtOutput | None = None,
     ) -> Gradients:
         """Run backwards, from the loss or from ``roots``; the parameters' gradients by name.
 
         Args:
             last: the graph is not needed again.
             leaves: what may get a ``.grad``; None: every leaf of the graph.
+            at_place: given what each layer hands back, in place of it being kept; returns what to pass on in place
+                of that, or None to leave it.
+            at_output: given the gradient at each output of a call, in place of it being kept.
         """
         for call in self:
             call.deltas = [None] * len(call.outputs)
             for place in call.places:
                 place.handed = place.whole = None
+        self._ears.place, self._ears.output = at_place, at_output
         run: Callable[..., None] = torch.autograd.backward
         start = [self.loss] if roots is None else list(roots)
-        run(start, gradients and list(gradients), retain_graph=not last, inputs=leaves)
+        try:
+            run(start, gradients and list(gradients), retain_graph=not last, inputs=leaves)
+        finally:
+            self._ears.place = self._ears.output = None
         if last:
-            self.at = {}
-            self.loss = self.loss.detach()
-            for call in self:
-                call.outputs = [y.detach() for y in call.outputs]
-                for place in call.places:
-                    place.node = None
+            self.end()
         return take_gradients(self.model)
+
+    def end(self) -> None:
+        """Let the graph go: its hooks hold what holds it, so nobody else would."""
+        self.at = {}
+        self.loss = self.loss.detach()
+        for call in self:
+            call.outputs = [y.detach() for y in call.outputs]
+            call.ends = []
+            for place in call.places:
+                place.node = None
 
     # -- hooks ---------------------------------------------------------------------------------------
 
@@ -387,7 +434,7 @@ class Pass:
                 # Its whole gradient is what is fed back, to all layers that take it. Hooked after the layer ran, so
                 # behind the wall, which is a hook too.
                 place.shared = (id(x.grad_fn), x.output_nr)
-                call.outputs.append(x)
+                call.walled.append(x)
             else:
                 if self._whole:
                     _hook(x, place.note)
@@ -395,12 +442,18 @@ class Pass:
                 x = leaves[i] = x.clone()
                 place.x = kept[i] = x.detach()
                 place.node = x.grad_fn
-                _hook(x, place)
+                _hook(x, partial(self._ears.at_place, place))
             call.places.append(place)
         call.args = tree_unflatten(kept, spec)
         self._running.append(call)
         if self._beside is not None:
             self._beside(call, layer)
+        if self._lean:
+            call.args = None
+            rule = state.rule
+            if not (isinstance(rule, LearnedDirect) and rule.context):
+                for place in call.places:
+                    place.x = outline(place.x)
         return tree_unflatten(leaves, spec)
 
     def _after(self, state: LayerState, passed_on: bool, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -410,9 +463,9 @@ class Pass:
         while call.state is not state:
             call = self._running.pop()  # calls that an exception ended, which the model caught
         walled = [place for place in call.places if place.shared is not place]
-        for place, x in zip(walled, call.outputs, strict=True):
-            _hook(x, place)
-        call.outputs = []
+        for place, x in zip(walled, call.walled, strict=True):
+            _hook(x, partial(self._ears.at_place, place))
+        call.walled = []
         call.draw = call.state.draws
         self.calls[call.name].append(call)
         leaves, spec = tree_flatten(output)
@@ -420,19 +473,18 @@ class Pass:
             if isinstance(y, Tensor) and y.requires_grad:
                 if passed_on:
                     y = leaves[i] = y.clone()
-                call.outputs.append(y)
+                call.outputs.append(outline(y) if self._lean else y)
+                call.ends.append(torch.autograd.graph.get_gradient_edge(y))
                 if y.grad_fn is not None:
                     self.at[y.grad_fn] = call
-                _hook(y, _put(call, len(call.outputs) - 1))
+                _hook(y, partial(self._ears.at_output, call, len(call.outputs) - 1))
         call.deltas = [None] * len(call.outputs)
         return tree_unflatten(leaves, spec)
 
 
-def _put(call: Seen, index: int) -> Callable[[Tensor | None], None]:
-    def hook(gradient: Tensor | None) -> None:
-        call.deltas[index] = None if gradient is None else gradient.detach().clone()
-
-    return hook
+def outline(t: Tensor) -> Tensor:
+    """A tensor of the same shape, dtype and device that holds a single number."""
+    return t.detach().new_zeros((1,) * t.dim()).expand(t.shape)
 
 
 def _hook(t: Tensor, hook: Callable[[Tensor | None], Tensor | None]) -> None:

@@ -226,3 +226,119 @@ def test_an_output_made_with_a_weight_directly(rule):
             return torch.tanh(self.mid(torch.tanh(self.first(x)))) @ self.used.weight.t()
 
     said_or_handled(Net, rule)
+
+
+def joined(how, x, a, b):
+    """Two layers' weights behind one another, and one product."""
+    if how == "linear":
+        return F.linear(x, torch.cat([a.weight, b.weight]), torch.cat([a.bias, b.bias]))
+    if how == "linear by features":
+        return F.linear(x, torch.cat([a.weight, b.weight], dim=1), a.bias)
+    if how == "matmul by features":  # the second used the other way round
+        return x.matmul(torch.cat([a.weight.t(), b.weight], dim=0))
+    if how == "matmul of a view":
+        return x @ torch.concat((a.weight, b.weight)).t()
+    return (torch.cat([a.weight, b.weight]) @ x.t()).t()
+
+
+# shapes of a's and b's weights, and whether their results are added
+JOINED = {
+    "linear": ((7, 6), (3, 6), False),
+    "linear by features": ((5, 4), (5, 2), True),
+    "matmul by features": ((5, 4), (2, 5), True),
+    "matmul of a view": ((7, 6), (3, 6), False),
+    "turned": ((7, 6), (3, 6), False),
+}
+
+
+class Joined(nn.Module):
+    def __init__(self, how, lose=lambda weight: weight):
+        super().__init__()
+        (rows, columns), (more_rows, more_columns), added = JOINED[how]
+        self.how, self.lose = how, lose
+        self.first = nn.Linear(5, 6)
+        self.a, self.b = nn.Linear(columns, rows), nn.Linear(more_columns, more_rows)
+        self.last = nn.Linear(rows if added else rows + more_rows, 4)
+
+    def forward(self, x):
+        self.h = torch.tanh(self.first(x))
+        self.y = joined(self.how, self.h, self.a, self.b)
+        return self.last(torch.tanh(self.y))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("how", JOINED)
+def test_weights_of_two_layers_as_one(how, rule):
+    x, loss_fn = INPUTS
+    plain, model = build(Joined, how), rewire.convert(build(Joined, how), rule, scale=1.0)
+    for _ in range(3):
+        one_pass(plain, *INPUTS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            gradients = one_pass(model, *INPUTS)
+        assert torch.equal(model.y, plain.y) and torch.equal(
+            model.last(torch.tanh(model.y)), plain.last(plain.y.tanh())
+        )
+    result = rewire.verify(model, *INPUTS)
+    assert result.ok and {layer.name: layer.status for layer in result.layers}["b"] == "live", str(result)
+
+    # By hand.
+    out = model(x).detach().requires_grad_()
+    loss_fn(out).backward()
+    e, B, h, y = out.grad, rewire.feedback(model), model.h.detach(), model.y.detach()
+    delta = (e @ B["last"]) * (1 - torch.tanh(y) ** 2)
+    (rows, columns), _, added = JOINED[how]
+    turned = how == "matmul by features"
+    if rule == "dfa":
+        handed = torch.cat([e @ B["a"], e @ B["b#1" if turned else "b"]], 1) if added else e @ B["a"] + e @ B["b"]
+    elif added:
+        handed = torch.cat([delta @ B["a"], delta @ (B["b"].t() if turned else B["b"])], 1)
+    else:
+        handed = delta[:, :rows] @ B["a"] + delta[:, rows:] @ B["b"]
+    torch.testing.assert_close(gradients["first.weight"], (handed * (1 - h**2)).t() @ x)
+    if added:
+        wanted = {"a": delta.t() @ h[:, :columns], "b": delta.t() @ h[:, columns:]}
+        wanted["b"] = wanted["b"].t() if turned else wanted["b"]
+    else:
+        wanted = {"a": delta[:, :rows].t() @ h, "b": delta[:, rows:].t() @ h}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[f"{name}.weight"], gradient)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["used", "other"])
+def test_weights_of_two_layers_as_one_lost_from_sight(name, rule):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 4)
+            self.used, self.other = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            both = torch.cat([self.used.weight, self.other.weight])
+            return self.last(torch.tanh(torch.tanh(self.first(x)) @ (both * 0.5).t()))
+
+    assert said_or_handled(Net, rule, name) == "dead"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_weight_without_numbers(rule):
+    """A width that is what another leaves of a third may come to nothing."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mid, self.empty = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(4, 0)
+            self.last = nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = torch.tanh(self.mid(torch.tanh(self.first(x))))
+            return h @ torch.cat([self.last.weight.t(), self.empty.weight])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, about the initialisation
+        model = rewire.convert(build(Net), rule)
+    for _ in range(2):
+        one_pass(model, *INPUTS)
+    result = rewire.verify(model, *INPUTS)
+    assert result.ok and {layer.name: layer.status for layer in result.layers}["mid"] == "live", str(result)

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--rules", default="fa dfa")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=600, help="limit for one model under one rule")
-    parser.add_argument("--gigabytes", type=float, default=8, help="limit for one model")
+    parser.add_argument("--gigabytes", type=float, default=8, help="for one model; the largest take twice that")
     parser.add_argument("--again", action="store_true", help="also what failed before")
     parser.add_argument("--fresh", action="store_true", help="everything, whatever there is")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/zoo")

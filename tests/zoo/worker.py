@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
+import sys
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 
 from tests.torchvision_stub import detectors
 from tests.zoo.check import check
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 
 # A server imports the libraries once, and forks for each model.
 _server = multiprocessing.get_context("forkserver")
@@ -51,6 +55,8 @@ def run(spec: str, rules: list[str], seconds: float, gigabytes: float) -> list[d
 
 def _work(send: Connection, spec: str, rules: list[str], gigabytes: float) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":  # glibc would keep what large models let go, in pieces that fit nothing else
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 << 20)
     limit = int(gigabytes * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     # Libraries print what they like.

@@ -1,0 +1,66 @@
+"""What verify holds at its peak, beside a training step: users run it on models that just fit."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import rewire
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made in ``run`` held at one time, as PyTorch's allocator counts them."""
+    gc.collect()  # what others left must not be let go in between
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    results = profile.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def chain(width: int, depth: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.GELU())]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def loss(out: torch.Tensor) -> torch.Tensor:
+    return out.square().mean()
+
+
+def step(model: nn.Module, x: torch.Tensor) -> None:
+    loss(model(x)).backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("rule", "width", "rows", "most"),
+    [
+        # A step holds what each layer is given and returns. Beside it: what was handed back, and deltas.
+        ("fa", 32, 4096, 2.6),
+        ("dfa", 32, 4096, 2.6),
+        # A step holds one set of gradients. Here: a copy of the model, three sets, and R under a local rule.
+        ("fa", 512, 4, 5.5),
+        ("dfa", 512, 4, 4.5),
+    ],
+)
+def test_times_a_training_step(rule: str, width: int, rows: int, most: float) -> None:
+    model, x = rewire.convert(chain(width, 12), rule), torch.randn(rows, width)
+    for _ in range(2):
+        step(model, x)
+    one = peak(lambda: step(model, x))
+    result = None
+
+    def run() -> None:
+        nonlocal result
+        result = rewire.verify(model, x, loss)
+
+    times = peak(run) / one
+    assert result is not None and result.ok
+    assert times < most, times
