@@ -1,4 +1,4 @@
-"""Where the time of a step goes, for a small and a large MLP: arithmetic, operations, memory, and a profile.
+"""Where the time of a step goes, for MLPs, CNNs and a transformer: arithmetic, operations, memory, and a profile.
 
     python benchmarks/where_time_goes.py
     python benchmarks/where_time_goes.py --models mlp-512 --rules bp dfa --top 15     # operation by operation
@@ -33,6 +33,7 @@ import rewire
 from rewire.diagnose.arithmetic import arithmetic
 
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution_backward", "mkldnn_convolution", "convolution_overrideable")
+MODELS = ["mlp-128", "mlp-2048", "resnet18", "mobilenet", "vit-tiny"]
 KINDS = ("products", "other operations", "autograd", "Python and the rest")
 
 
@@ -106,7 +107,10 @@ def show(title: str, found: dict[str, dict[str, Any]], console: Console) -> None
     if "shares" in reference:
         rows["matrix products"] = lambda r: f"{r['products']:.0f}"
         rows["profiled, ms"] = lambda r: f"{r['milliseconds']:.2f}"
-        rows |= {f"in {kind}": lambda r, kind=kind: f"{r['shares'][kind]:.0%}" for kind in KINDS}
+        rows |= {
+            f"in {kind}": lambda r, kind=kind: f"{r['shares'][kind] * r['milliseconds']:.2f} {r['shares'][kind]:4.0%}"
+            for kind in KINDS
+        }
     for name, cell in rows.items():
         table.add_row(name, *(cell(each) for each in found.values()))
     console.print(table)
@@ -114,7 +118,7 @@ def show(title: str, found: dict[str, dict[str, Any]], console: Console) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=CASES, default=["mlp-128", "mlp-2048"])
+    parser.add_argument("--models", nargs="+", choices=CASES, default=MODELS)
     parser.add_argument("--rules", nargs="+", choices=rewire.rules(), metavar="RULE", default=["bp", "fa", "dfa"])
     parser.add_argument("--batch", type=int, help="default: each model's own")
     parser.add_argument("--steps", type=int, default=20, help="to profile; 0: only what is the same on every run")

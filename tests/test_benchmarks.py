@@ -15,20 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from .scripts import beside
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
 def _beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Scripts import each other as files of one folder do; nothing of that stays."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in set(sys.modules) - before:
-        where = getattr(sys.modules[name], "__file__", None)
-        if where and Path(where).parent == FOLDER:
-            del sys.modules[name]
+    yield from beside(monkeypatch, FOLDER)
 
 
 @pytest.fixture

@@ -14,20 +14,15 @@ import pytest
 import rewire
 from rewire.ablation.data import load
 
+from .scripts import beside
+
 FOLDER = Path(rewire.__file__).parent.parent / "benchmarks"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(autouse=True)
 def _beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Scripts import each other as files of one folder do; nothing of that stays."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in set(sys.modules) - before:
-        where = getattr(sys.modules[name], "__file__", None)
-        if where and Path(where).parent == FOLDER:
-            del sys.modules[name]
+    yield from beside(monkeypatch, FOLDER)
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ import rewire
 from rewire.rules import base
 from rewire.rules.direct import DFA, DRTP, SDFA
 
-TOL = 1e-10
+from .plain import TOL, seeded
+from .plain import randn as draw
+from .plain import same as close
 
 
 @pytest.fixture(autouse=True)
@@ -31,23 +33,6 @@ def silence_is_checked():
 def registry(monkeypatch):
     """Rules registered in a test are gone after it."""
     monkeypatch.setattr(base, "_registry", dict(base._registry))
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours, expected, what=""):
-    assert ours is not None, f"{what}: nothing there"
-    assert ours.shape == expected.shape, f"{what}: {ours.shape}, expected {expected.shape}"
-    worst = (ours - expected).abs().max().item() if ours.numel() else 0.0
-    assert worst <= TOL, f"{what}: off by {worst:.3g}"
-
-
-def seeded(make, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make().double()
 
 
 class Net(nn.Module):

@@ -16,7 +16,10 @@ from torch.nn.utils import parametrizations
 
 import rewire
 
-TOL = 1e-10
+from ..plain import randn as draw
+from ..plain import same as close
+from ..plain import seeded
+
 LOCAL = ("fa", "usf", "brsf", "frsf")
 RULES = ("bp", *LOCAL, "dfa", "sdfa", "shallow")
 
@@ -27,23 +30,6 @@ def silence_is_checked():
     with warnings.catch_warnings():
         warnings.simplefilter("error", rewire.RewireWarning)
         yield
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours, expected, what=""):
-    assert ours is not None, f"{what}: nothing there"
-    assert ours.shape == expected.shape, f"{what}: {ours.shape}, expected {expected.shape}"
-    worst = (ours - expected).abs().max().item() if ours.numel() else 0.0
-    assert worst <= TOL, f"{what}: off by {worst:.3g}"
-
-
-def seeded(make, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make().double()
 
 
 class Above(nn.Module):
