@@ -110,6 +110,20 @@ def test_counting_leaves_gradients_and_random_state_as_they_were(rule: str) -> N
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (2, 1), (4, 2)])
+def test_arithmetic_of_convolutions(layer: type[nn.Module], groups: int, stride: int) -> None:
+    """A multiply-add for each weight and position of the smaller side, and as many for each of both gradients."""
+    x = torch.randn(3, 4, 7, 7, requires_grad=True)
+    model = layer(4, 8, 3, stride=stride, groups=groups)
+    positions = (7 if layer is nn.ConvTranspose2d else (7 - 3) // stride + 1) ** 2
+
+    found = arithmetic(model, x, lambda y: y.square().sum())
+
+    once = 2 * 3 * positions * 4 * 8 * 9 // groups
+    assert (found.forward, found.backward) == (once, 2 * once)
+
+
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
 def test_verify_shows_that_rules_are_live(here: Path, capsys: pytest.CaptureFixture[str], rule: str) -> None:
     assert run("inspected:mlp", "--rule", rule, "--verify") == 0
