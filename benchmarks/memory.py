@@ -1,7 +1,7 @@
 """Memory and time of one step: backprop, a direct rule, the same streamed, and activation checkpointing.
 
-    python benchmarks/memory.py               # everything; some minutes on two cores
-    python benchmarks/memory.py --turns 0     # memory only, a minute or two
+    python benchmarks/memory.py               # everything; many minutes on two cores
+    python benchmarks/memory.py --turns 0     # memory only; several minutes
 
 Memory is the peak of everything allocated during a step (forward, loss, backward) beyond what was there before it;
 gradients are there before it, so what is counted are activations and what is made on the way. On the CPU every
