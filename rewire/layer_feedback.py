@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rewire import buffers
 from rewire.feedback import quick_normal, standard_normal, streams
-from rewire.rules.base import LocalRule, parts_of
+from rewire.rules.base import LearnedDirect, LocalRule, parts_of
 from rewire.structures import Feedback, Place, Structure
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def B_of(
         held = state.learned[name] = structure.draw(replace(place, dtype=wide)).to(wide)
         buffers.unlink(state)
     made = structure.around(place, held)
-    if isinstance(made, Feedback) or any(getattr(part, "context", 0) for part in parts_of(state.given)):
+    if isinstance(made, Feedback) or any(
+        isinstance(part, LearnedDirect) and part.context for part in parts_of(state.given)
+    ):
         buffers.note_seed(state)
     return made
 

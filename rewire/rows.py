@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -28,6 +29,8 @@ from rewire.stacks import stacked_below
 from rewire.state import LayerState
 from rewire.streaming import stream_of
 from rewire.turns import turned_from
+
+C = TypeVar("C")
 
 
 def note_rows(state: LayerState, x: Tensor) -> Pick | None:
@@ -58,12 +61,7 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
     def sources(lower: Call) -> list[Node]:
         return [] if lower.state.wiring is not wiring else lower.sources
 
-    rows: dict[Call, Callable[[Tensor], Tensor]] = {}
-    if call.pick is None and y.dim() > 1:
-        rows.update(parts_below(call.sources, y.shape[0], call_of, sources))
-    rows.update(pours_below(call.sources, call_of, sources))
-    if call.pick is None and y.dim() == 3 and error.axis == -1:
-        rows = spread_below(call.sources, y.shape, call_of, sources) | rows
+    rows = rows_below(call.sources, y.shape, error.axis, call.pick is not None, call_of, sources)
     found: dict[Call, OutputError] = {}
     for lower, of in rows.items():
         state = lower.state
@@ -75,6 +73,32 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
         if not (state.picks and wiring.picks):
             state.note_picks()
     return found
+
+
+def rows_below(
+    roots: Iterable[Node],
+    shape: tuple[int, ...],
+    axis: int,
+    chosen: bool,
+    call_at: Callable[[Node], C | None],
+    sources_of: Callable[[C], Iterable[Node]],
+) -> dict[C, Callable[[Tensor], Tensor]]:
+    """The calls below an output that do not see its error row by row as it is: what makes of it what each sees.
+
+    Args:
+        roots: graph nodes of the output layer's inputs.
+        shape, axis: of the output, and its dimension with the features.
+        chosen: its rows were picked from the batch.
+        call_at: the call whose output a node is.
+        sources_of: graph nodes of its inputs.
+    """
+    rows: dict[C, Callable[[Tensor], Tensor]] = {}
+    if not chosen and len(shape) > 1:
+        rows.update(parts_below(roots, shape[0], call_at, sources_of))
+    rows.update(pours_below(roots, call_at, sources_of))
+    if not chosen and len(shape) == 3 and axis == -1:
+        rows = spread_below(roots, shape, call_at, sources_of) | rows
+    return rows
 
 
 def is_new(state: LayerState) -> bool:

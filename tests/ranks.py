@@ -13,6 +13,12 @@ ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds: a machine may be busy with other things
 
 
+def environment(**more):
+    """Of another process: it finds this package and these tests, and runs on one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+    return env | {"PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
+
+
 def run_ranks(folder, *command):
     """Run ``python *command RANK FOLDER`` for ranks 0 and 1 at a time.
 
@@ -21,8 +27,7 @@ def run_ranks(folder, *command):
     Returns:
         What each has saved as ``FOLDER/rankRANK.pt``.
     """
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    env = environment()
     line = [sys.executable, *command]
     jobs = [
         subprocess.Popen([*line, str(rank), str(folder)], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from .plain import (
     states,
     weights,
 )
-from .ranks import PATIENCE, run_ranks
+from .ranks import PATIENCE, environment, run_ranks
 
 ROOT = str(Path(rewire.__file__).parents[1])
 LABELS = torch.tensor([0, 3, 1, 2, 0, 1])
@@ -88,13 +87,11 @@ print(json.dumps([hash("a string"), found]))
 """
 
 
-def run_python(program, *arguments, cwd=None, **environment):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    env["PYTHONPATH"] = os.pathsep.join([ROOT, env.get("PYTHONPATH", "")])
+def run_python(program, *arguments, cwd=None, **more):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *arguments],
         cwd=cwd,
-        env=env,
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -9,9 +9,7 @@ from torch import Tensor
 from rewire.bypass import direct_uses
 from rewire.diagnose.watch import Pass, Seen
 from rewire.nodes import Node
-from rewire.parts import parts_below
-from rewire.pours import pours_below
-from rewire.spread import spread_below
+from rewire.rows import rows_below
 
 
 class Flow:
@@ -69,14 +67,9 @@ class Flow:
         return self._rows[output].get(call) if call.pick is None else None
 
     def _rows_of(self, output: Seen) -> dict[Seen, Callable[[Tensor], Tensor]]:
-        found: dict[Seen, Callable[[Tensor], Tensor]] = {}
         y = output.outputs[0]
-        if output.pick is None and y.dim() > 1:
-            found.update(parts_below(output.sources, y.shape[0], self._at.get, lambda below: below.sources))
-        found |= pours_below(output.sources, self._at.get, lambda below: below.sources)
-        if output.pick is None and y.dim() == 3 and output.state.kind.axis(3) == -1:
-            found = spread_below(output.sources, y.shape, self._at.get, lambda below: below.sources) | found
-        return found
+        axis, picked = output.state.kind.axis(y.dim()), output.pick is not None
+        return rows_below(output.sources, y.shape, axis, picked, self._at.get, lambda below: below.sources)
 
 
 def may_be_outputs(seen: Pass, starts: Callable[[Seen], bool]) -> set[Seen]:

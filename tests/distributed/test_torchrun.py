@@ -1,22 +1,19 @@
 """The example that ``torchrun`` starts: two processes, under either wrapper, train the model that one does."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from ..ranks import PATIENCE, ROOT
+from ..ranks import PATIENCE, ROOT, environment
 
 
 def accuracy(how, processes, rule="dfa"):
     """What ``examples/train_parallel.py`` says."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, str(ROOT / "examples" / "train_parallel.py"), rule, how],
-        env=env,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=PATIENCE,
