@@ -97,15 +97,36 @@ def laid_out(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+# Backwards of operations on each number alone. A gradient that is the same for many numbers (with strides of 0) they
+# read as fast as any other, and what they make of it is written out in full.
+_NUMBER_BY_NUMBER = frozenset(
+    f"{name}Backward0"
+    for name in ("Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Mish", "Relu", "Sigmoid", "Silu")
+    + ("Softplus", "Tanh")
+)
+
+
+def may_repeat(x: Tensor) -> bool:
+    """Whether x's gradient may repeat numbers in place of holding them: what reads it next does not mind."""
+    node = x.grad_fn
+    return x.dim() > 2 and node is not None and node.name() in _NUMBER_BY_NUMBER and x.is_contiguous()
+
+
 def _feed(
-    feed: Feed, layout: torch.memory_format, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    feed: Feed,
+    layout: torch.memory_format,
+    repeat: bool,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor | None:
     """The feedback of all errors that arrived in this backward pass."""
     state, rule, errors, index, wall, pick, seen = feed
     fed = state.hand_back(rule, errors, index, shape, dtype, device, pick, seen)
     if fed is None:
         return None
-    fed = fed.contiguous(memory_format=layout)
+    if not (repeat and 0 in fed.stride()):
+        fed = fed.contiguous(memory_format=layout)
     if wall is not None:
         wall.add(fed)
     return fed
@@ -120,14 +141,14 @@ class Port(Function):
         ctx.feed = feed
         device = x.device
         ctx.like = (x.shape, x.dtype, device)
-        ctx.layout = laid_out(x)
+        ctx.lies = laid_out(x), may_repeat(x)
         if device not in _tickets:
             _tickets[device] = torch.zeros((), device=device)
         return _tickets[device].detach()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        return _feed(ctx.feed, ctx.layout, *ctx.like), None
+        return _feed(ctx.feed, *ctx.lies, *ctx.like), None
 
 
 class Probe(Function):
@@ -143,7 +164,7 @@ class Probe(Function):
         ctx.feed = feed
         ctx.learn = feed[0].exact
         ctx.like = (x.shape, x.dtype, x.device)
-        ctx.layout = laid_out(x)
+        ctx.lies = laid_out(x), may_repeat(x)
         return x.view_as(x)
 
     @staticmethod
@@ -151,7 +172,7 @@ class Probe(Function):
         state, rule, errors, index, _, pick, seen = ctx.feed
         measure = state.needs_scale(rule)
         if not measure and not ctx.learn:
-            return _feed(ctx.feed, ctx.layout, *ctx.like), None
+            return _feed(ctx.feed, *ctx.lies, *ctx.like), None
         if exact is not None:
             if ctx.learn:
                 state.study(rule, errors, index, exact, pick, seen)

@@ -46,7 +46,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     if B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast():
         # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours. If e B is small it
         # may as well be made as soon as e is known, and needs no ticket at all.
-        tickets = [] if x.numel() <= state.hold else [linear(x, B)]
+        tickets = [] if x.numel() <= state.hold else [_ticket(x, B)]
         call = Call(state, [] if node is None else [node], tickets, errors)
         call.mirrored = x, state.rule, B  # type: ignore[assignment]
     else:
@@ -55,12 +55,20 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     y = forward(module, x.detach())
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
         if not call.tickets:
-            call.tickets = [linear(x, B)]  # type: ignore[arg-type]  # of a frozen layer: what ties y to the graph
+            call.tickets = [_ticket(x, B)]  # type: ignore[arg-type]  # of a frozen layer: what ties y to the graph
         return mark(state, call, y, joins=False) if isinstance(y, Tensor) else mark_all(state, call, y, joins=False)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
     made.register_prehook(partial(check, call, _backward_id() != -1))  # type: ignore[union-attr]
     return y
+
+
+def _ticket(x: Tensor, B: Tensor) -> Tensor:
+    """x Bᵀ, of which only its place in the graph is wanted: the numbers take no memory."""
+    ticket = linear(x, B)
+    if type(ticket) is Tensor:  # what others make of tensors may keep their numbers elsewhere
+        ticket.untyped_storage().resize_(0)
+    return ticket
 
 
 def _first(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:

@@ -1,27 +1,11 @@
 """What verify holds at its peak, beside a training step: users run it on models that just fit."""
 
-import gc
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
 
 import rewire
-
-
-def peak(run: Callable[[], object]) -> int:
-    """The most bytes that tensors made in ``run`` held at one time, as PyTorch's allocator counts them."""
-    gc.collect()  # what others left must not be let go in between
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    results = profile.profiler.kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+from tests.peaks import peak
 
 
 def chain(width: int, depth: int) -> nn.Sequential:
