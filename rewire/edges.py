@@ -99,11 +99,9 @@ def laid_out(x: Tensor) -> torch.memory_format:
 
 # Backwards of operations on each number alone. A gradient that is the same for many numbers (with strides of 0) they
 # read as fast as any other, and what they make of it is written out in full.
-_NUMBER_BY_NUMBER = frozenset(
-    f"{name}Backward0"
-    for name in ("Elu", "Gelu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Mish", "Relu", "Sigmoid", "Silu")
-    + ("Softplus", "Tanh")
-)
+_IN_PIECES = ("Elu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Relu")
+_SMOOTH = ("Gelu", "Mish", "Sigmoid", "Silu", "Softplus", "Tanh")
+_NUMBER_BY_NUMBER = frozenset(f"{name}Backward0" for name in (*_IN_PIECES, *_SMOOTH))
 
 
 def may_repeat(x: Tensor) -> bool:

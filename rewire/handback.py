@@ -111,6 +111,8 @@ def project(
         _, route, feedback = last
     else:
         route, feedback = find(state, rule, error, index, shape, signal.shape, dtype, device)
+        if type(feedback) is Tensor:
+            feedback = feedback.flatten(1)
         state.last = key, route, feedback
         state.mirror = None
         if route.plain and len(state.wiring.outputs) == 1 and type(feedback) is Tensor:

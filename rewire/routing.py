@@ -86,7 +86,9 @@ class Route:
             signal = signal.to(feedback.dtype)
         if self.plain:  # the hot path of small networks, where every small operation counts
             return torch.mm(signal, feedback)
-        return self.after(self.before(signal) @ feedback.flatten(1))
+        if feedback.dim() > 2:
+            feedback = feedback.flatten(1)
+        return self.after(torch.mm(self.before(signal), feedback))
 
     def through(self, signal: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
         """The same with ``project`` in place of a multiplication with B: (M, n) -> (M, features)."""
@@ -135,7 +137,7 @@ class _Side:
         """The inverse of :meth:`rows`; strided as it comes, so that whoever asked can lay it out as x is."""
         if self.first:
             t = t.movedim(-1, 1)
-        return t.reshape(self.shape)
+        return t if t.shape == self.shape else t.reshape(self.shape)
 
 
 def plan(
