@@ -68,7 +68,6 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 # Each prints tables and writes benchmarks/results/. Other libraries are timed beside if PYTHONPATH has them: see peers.py.
-# memory.py has no --quick; without timing it is quick.
 BENCH ?=
 QUICK = $(filter --quick,$(BENCH))
 
@@ -76,7 +75,7 @@ bench: $(DEV)
 	$(BIN)/python benchmarks/step_time.py $(BENCH)
 	$(BIN)/python benchmarks/layer_cost.py $(QUICK)
 	$(BIN)/python benchmarks/where_time_goes.py $(QUICK)
-	$(BIN)/python benchmarks/memory.py $(if $(QUICK),--turns 0)
+	$(BIN)/python benchmarks/memory.py $(QUICK)
 	$(BIN)/python benchmarks/pipeline.py $(QUICK)
 	$(BIN)/python benchmarks/streams.py $(QUICK)
 	$(BIN)/python benchmarks/together.py $(QUICK)

@@ -1,11 +1,13 @@
 """Memory and time of one step: backprop, a direct rule, the same streamed, and activation checkpointing.
 
-    python benchmarks/memory.py               # everything; many minutes on two cores
-    python benchmarks/memory.py --turns 0     # memory only; several minutes
+    python benchmarks/memory.py               # everything; about a quarter of an hour on two cores
+    python benchmarks/memory.py --seconds 0   # memory only
+    python benchmarks/memory.py --quick       # memory only, of small models
+    python benchmarks/memory.py --read benchmarks/results/memory-cpu.json --markdown
 
 Memory is the peak of everything allocated during a step (forward, loss, backward) beyond what was there before it;
-gradients are there before it, so what is counted are activations and what is made on the way. On the CPU every
-allocation is seen by PyTorch's profiler, so that the figure is the same in every run; on a GPU it is
+gradients and feedback are there before it, so what is counted are activations and what is made on the way. On the CPU
+every allocation is seen by PyTorch's profiler, so that the figure is the same in every run; on a GPU it is
 ``torch.cuda.max_memory_allocated``.
 
 Time is the median over turns of the ratio to backprop's step in the same turn, quartiles in brackets. Everything is
@@ -19,18 +21,19 @@ import copy
 import gc
 import json
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks on its own otherwise
 
 import torch
+from machine import machine, no_gpu, one_line
+from paired import clock_for, paired
+from report import MISSED, Sheet
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -41,7 +44,11 @@ import rewire
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("bp", "dfa", "streamed", "checkpoint")
 CLASSES = 10
+MADE_AT_ONCE = 4 * 2**19  # bytes: small layers' e B are, and no more of them
+MAY_GROW = 1.1  # the streamed peak of the deepest MLP, of the shallowest's
+SHALLOW, DEEP = 8, 128
 Step = Callable[[], None]
+Line = dict[str, Any]
 
 
 class MLP(nn.Sequential):
@@ -79,8 +86,50 @@ class Transformer(nn.Module):
         return self(x, partial(checkpoint, use_reentrant=False))
 
 
-def steps_of(base: nn.Module, options: dict, x: Tensor, y: Tensor) -> dict[str, Step]:
-    """One training step without the optimizer, by method. Scales and output layers are known when this returns."""
+@dataclass(frozen=True)
+class Case:
+    """One model, what it is fed, and what is aimed at.
+
+    Attributes:
+        shape: of the input.
+        options: of ``rewire.convert``.
+        peaks, times: ratios to backprop aimed at, by method.
+    """
+
+    title: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+
+
+def mlps(depths: tuple[int, ...], batch: int, width: int = 512) -> list[Case]:
+    return [
+        Case(
+            f"MLP, {depth} layers of {width}, batch {batch}",
+            partial(MLP, depth, width),
+            (batch, width),
+            times={"streamed": 1.1},
+        )
+        for depth in depths
+    ]
+
+
+def transformers(depth: int, shape: tuple[int, ...]) -> list[Case]:
+    make = partial(Transformer, depth)
+    peaks = {"streamed": 0.35} if depth >= 24 else {}
+    return [
+        Case(f"transformer, {depth} blocks{', blocks=' if options else ''}", make, shape, options, peaks)
+        for options in ({}, {"blocks": ["blocks.*"]})
+    ]
+
+
+def steps_of(base: nn.Module, options: dict[str, Any], x: Tensor, y: Tensor) -> tuple[dict[str, Step], int]:
+    """One training step without the optimizer, by method, and the bytes of the direct rule's feedback.
+
+    Scales and output layers are known when this returns.
+    """
 
     def loss_of(out: Tensor) -> Tensor:
         return F.cross_entropy(out, y)
@@ -99,22 +148,22 @@ def steps_of(base: nn.Module, options: dict, x: Tensor, y: Tensor) -> dict[str, 
             rewire.backward_streamed(model, x, loss_of)
         else:
             loss_of(model.checkpointed(x) if method == "checkpoint" else model(x)).backward()
-        if x.is_cuda:
-            torch.cuda.synchronize()
 
     for method in METHODS:
         for _ in range(2):
             step(method)
-    return {method: partial(step, method) for method in METHODS}
+    feedback = sum(B.nbytes for B in rewire.feedback(models["dfa"]).values())
+    return {method: partial(step, method) for method in METHODS}, feedback
 
 
 def peak_of(step: Step, device: str) -> int:
     """Bytes at the highest point of a step, beyond those allocated before it."""
     gc.collect()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
+    if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         step()
@@ -126,75 +175,98 @@ def peak_of(step: Step, device: str) -> int:
     return peak
 
 
-def ratios_of(steps: dict[str, Step], turns: int) -> dict[str, list[float]]:
-    """Quartiles of each method's time divided by backprop's in the same turn."""
-    found: dict[str, list[float]] = {method: [] for method in METHODS if method != "bp"}
-    for turn in range(turns):
-        times: dict[str, float] = {}
-        for method in METHODS if turn % 2 else reversed(METHODS):
-            start = time.perf_counter()
-            steps[method]()
-            times[method] = time.perf_counter() - start
-        for method, ratios in found.items():
-            ratios.append(times[method] / times["bp"])
-    return {m: statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3 for m, ratios in found.items()}
+def measured(case: Case, device: str, seconds: float) -> Line:
+    torch.manual_seed(0)
+    x = torch.randn(*case.shape, device=device)
+    y = torch.randint(0, CLASSES, case.shape[:1], device=device)
+    steps, feedback = steps_of(case.make().to(device), case.options, x, y)
+    line: Line = {"title": case.title, "feedback_bytes": feedback, "goals": {"peak": case.peaks, "time": case.times}}
+    line["peak_bytes"] = {method: peak_of(step, device) for method, step in steps.items()}
+    if seconds:
+        timed = {method: step for method, step in steps.items() if method != "bp"}
+        line.update(paired(timed, steps["bp"], seconds, least=3, clock=clock_for(device)))
+    return line
 
 
-def machine(device: str) -> dict[str, object]:
-    """What the figures depend on."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rewire": rewire.__version__,
-    }
+def sheet_of(lines: list[Line]) -> Sheet:
+    sheet = Sheet(
+        "peak memory of a step in MiB (of backprop's); step / backprop: median [quartiles]", ["model", *METHODS]
+    )
+    for line in lines:
+        sheet.rows.append([line["title"], *(_cell(line, method) for method in METHODS)])
+        kept, beyond = line["feedback_bytes"], line["peak_bytes"]["dfa"] - line["peak_bytes"]["bp"]
+        note = f"a dfa step holds {beyond / 1e3:+.1f} kB beside backprop's; feedback is {kept / 1e3:.1f} kB"
+        sheet.notes.append(f"{line['title']}: {note}" + (MISSED if beyond > max(kept, MADE_AT_ONCE) else ""))
+    streamed = {line["title"]: line["peak_bytes"]["streamed"] for line in lines}
+    shallow, deep = (
+        next((peak for title, peak in streamed.items() if title.startswith(f"MLP, {depth} ")), None)
+        for depth in (SHALLOW, DEEP)
+    )
+    if shallow and deep:
+        grows = f"from {SHALLOW} to {DEEP} layers the streamed peak grows {deep / shallow:.3f}-fold"
+        sheet.notes.append(f"{grows} (goal {MAY_GROW}){MISSED if deep / shallow > MAY_GROW else ''}")
+    if any(MISSED in text for text in (*sheet.notes, *(cell for row in sheet.rows for cell in row))):
+        sheet.notes.append("✗: above the goal")
+    return sheet
 
 
-def main() -> None:
-    """Run, print, write."""
+def _cell(line: Line, method: str) -> str:
+    peaks, goals = line["peak_bytes"], line["goals"]
+    of_bp = peaks[method] / peaks["bp"]
+    cell = f"{peaks[method] / 2**20:.1f} ({of_bp:.2f}){_missed(of_bp, goals['peak'].get(method))}"
+    timed = line.get("contenders", {}).get(method)
+    if timed is None:
+        return cell
+    low, middle, high = timed["ratio"]
+    return f"{cell} {middle:.2f} [{low:.2f} {high:.2f}]{_missed(middle, goals['time'].get(method))}"
+
+
+def _missed(found: float, goal: float | None) -> str:
+    return MISSED if goal is not None and round(found, 2) > goal else ""
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7, help="how often each step is timed; 0: memory only (default 7)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=40.0, help="of timing per model; 0: memory only (default 40)")
+    parser.add_argument("--quick", action="store_true", help="memory only, of small models")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown in place of drawn tables")
+    parser.add_argument("--read", type=Path, help="print an earlier file of results; nothing is measured")
+    parser.add_argument("--out", type=Path, help="where to write results")
+    return parser.parse_args()
 
-    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], dict]] = [
-        (f"MLP, {depth} layers of 512, batch 4096", partial(MLP, depth), (4096, 512), {}) for depth in (8, 32, 128)
-    ]
-    cases += [
-        ("transformer, 24 blocks", partial(Transformer, 24), (8, 64, 128), {}),
-        ("transformer, 24 blocks, blocks=", partial(Transformer, 24), (8, 64, 128), {"blocks": ["blocks.*"]}),
-    ]
-    about = machine(options.device)
-    table = Table(title=f"Peak memory of a step in MiB (of backprop's), time / backprop [quartiles]. {about}")
-    table.add_column("model")
-    for method in METHODS:
-        table.add_column(method, justify="right")
-    lines = []
-    console = Console(width=150)
-    for name, make, shape, convert in cases:
-        with console.status(name):
-            torch.manual_seed(0)
-            x = torch.randn(*shape, device=options.device)
-            y = torch.randint(0, CLASSES, shape[:1], device=options.device)
-            steps = steps_of(make().to(options.device), convert, x, y)
-            peaks = {method: peak_of(steps[method], options.device) for method in METHODS}
-            ratios = ratios_of(steps, options.turns) if options.turns else {}
-        lines.append({"model": name, "peak_bytes": peaks, "time_ratios": ratios})
-        cells = []
-        for method, peak in peaks.items():
-            cell = f"{peak / 2**20:.0f} ({peak / peaks['bp']:.2f})"
-            if method in ratios:
-                low, mid, high = ratios[method]
-                cell += f"  {mid:.2f} [{low:.2f} {high:.2f}]"
-            cells.append(cell)
-        table.add_row(name, *cells)
-    console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"memory-{options.device}.json"
-    out.write_text(json.dumps({"machine": about, "lines": lines}, indent=1) + "\n")
-    console.print(f"written to {out}")
+
+def main() -> int:
+    """Run, print, write."""
+    options = arguments()
+    console = Console(width=190)
+    if options.read:
+        found = json.loads(options.read.read_text())
+    elif reason := no_gpu(options.device):
+        print(reason)
+        return 0
+    else:
+        cases = [*mlps((SHALLOW, 32, DEEP), 4096), *transformers(24, (8, 64, 128))]
+        if options.quick:
+            cases = [*mlps((SHALLOW, 32), 256, 128), *transformers(6, (2, 16, 128))]
+        lines = []
+        for case in cases:
+            with console.status(case.title):
+                lines.append(measured(case, options.device, 0.0 if options.quick else options.seconds))
+        found = {"machine": machine(options.device), "lines": lines}
+    sheet = sheet_of(found["lines"])
+    if options.markdown:
+        print(f"{one_line(found['machine'])}\n\n{sheet.markdown()}")
+    else:
+        sheet.draw(console)
+        console.print(one_line(found["machine"]), highlight=False)
+    if not options.read and (options.out or not options.quick):
+        out = options.out or RESULTS / f"memory-{options.device.partition(':')[0]}.json"
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        console.print(f"written to {out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -68,7 +68,12 @@ def test_step_time(run: Callable[..., int], tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("script", "says"),
-    [("layer_cost", "dfa beyond"), ("where_time_goes", "matrix products"), ("pipeline", "1f1b")],
+    [
+        ("layer_cost", "dfa beyond"),
+        ("where_time_goes", "matrix products"),
+        ("memory", "checkpoint"),
+        ("pipeline", "1f1b"),
+    ],
 )
 def test_runs_quickly(run: Callable[..., int], script: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(script, "--quick") == 0
