@@ -23,6 +23,7 @@ class Case:
         shape: of one sample. Tokens if ``vocabulary`` is set.
         batch: number of samples, unless asked otherwise.
         feedback: structure of B under direct rules.
+        chain: whether the model is an ``nn.Sequential`` of linear layers and activations.
         goals: the ratios to backprop aimed at, by contender; compiled ones are ``"compiled dfa"``. For other
             batch sizes than the ordinary one they are in ``batch_goals``.
     """
@@ -34,6 +35,7 @@ class Case:
     classes: int = 10
     tokens: bool = False
     feedback: str = "dense"
+    chain: bool = False
     goals: Mapping[str, float] = field(default_factory=dict)
     batch_goals: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
@@ -156,13 +158,14 @@ class Decoder(nn.Module):
 LARGE = {"fa": 1.03, "frsf": 1.06, "brsf": 1.35}
 
 CASES: dict[str, Case] = {
-    "mlp-128": Case("MLP 784-128×4-10", lambda: mlp(128), (784,), 128, goals={"fa": 1.15, "dfa": 1.12}),
-    "mlp-512": Case("MLP 784-512×4-10", lambda: mlp(512), (784,), 128, goals={"dfa": 0.85}),
+    "mlp-128": Case("MLP 784-128×4-10", lambda: mlp(128), (784,), 128, chain=True, goals={"fa": 1.15, "dfa": 1.12}),
+    "mlp-512": Case("MLP 784-512×4-10", lambda: mlp(512), (784,), 128, chain=True, goals={"dfa": 0.85}),
     "mlp-2048": Case(
         "MLP 784-2048×4-10",
         lambda: mlp(2048),
         (784,),
         256,
+        chain=True,
         goals={**LARGE, "dfa": 0.73, "compiled dfa": 0.75},
         batch_goals={**{n: {"dfa": 0.85} for n in (1, 2, 8)}, 1024: {"dfa": 0.73}},
     ),

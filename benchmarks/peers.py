@@ -1,4 +1,9 @@
-"""Other libraries on the same models, as their authors use them. Both are optional: what is not there is not timed.
+"""Other libraries on the same models, as their authors use them, and no library at all: what there is to gain.
+
+*By hand* is dfa for a chain of layers, by the one autograd function that it takes at least: the products of the rule,
+and nothing that finds layers, routes errors or checks that they arrive. A library can hardly be faster in eager mode.
+
+Both libraries are optional: what is not there is not timed.
 
 BioTorch (Sanfiz and Akrout 2021) replaces Linear and Conv2d layers by its own:
 
@@ -16,22 +21,24 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from models import Case, loss_of
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-RULES = {"biotorch": ("fa", "frsf", "brsf", "dfa"), "tinydfa": ("dfa",)}
+RULES = {"hand": ("dfa",), "biotorch": ("fa", "frsf", "brsf", "dfa"), "tinydfa": ("dfa",)}
 
 
-def names() -> list[str]:
-    """All contenders of this file."""
-    return [f"{library}:{rule}" for library, rules in RULES.items() for rule in rules]
+def names(chain: bool) -> list[str]:
+    """All contenders of this file for a model that is a ``chain`` of layers, or for any other."""
+    return [f"{library}:{rule}" for library, rules in RULES.items() for rule in rules if chain or library != "hand"]
 
 
 def installed(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
+    return library == "hand" or importlib.util.find_spec(library) is not None
 
 
 def loss_under(library: str, rule: str, model: nn.Module, case: Case) -> Loss:
@@ -43,7 +50,44 @@ def loss_under(library: str, rule: str, model: nn.Module, case: Case) -> Loss:
     Raises:
         Exception: whatever the library raises on a model that it does not know.
     """
+    if library == "hand":
+        return _by_hand(model, case)
     return _biotorch(rule, model, case) if library == "biotorch" else _tinydfa(model, case)
+
+
+class _Feedback(torch.autograd.Function):
+    """Identity on the output y; backward: e to y, and e B to each layer's input."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, feedback: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.feedback = feedback
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
+        return e, None, *(e @ B for B in ctx.feedback)
+
+
+def _by_hand(model: nn.Module, case: Case) -> Loss:
+    hidden = [m for m in model if isinstance(m, nn.Linear)][1:]
+    return chain_loss(model, [torch.randn(case.classes, m.in_features).mul_(0.05).to(m.weight) for m in hidden])
+
+
+def chain_loss(model: nn.Module, feedback: list[Tensor]) -> Loss:
+    """dfa of a chain that begins with a linear layer, B of all others given."""
+    first, *others = model
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        h = first(x)
+        inputs = []
+        for m in others:
+            if isinstance(m, nn.Linear):
+                inputs.append(h)
+                h = h.detach()
+            h = m(h)
+        return loss_of(_Feedback.apply(h, feedback, *inputs), y)
+
+    return loss
 
 
 def _biotorch(rule: str, model: nn.Module, case: Case) -> Loss:

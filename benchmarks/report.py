@@ -14,7 +14,8 @@ from rich.table import Table
 
 Line = dict[str, Any]
 RULES = ("bp", "fa", "frsf", "brsf", "dfa")
-LIBRARIES = {"biotorch": "BioTorch", "tinydfa": "TinyDFA"}
+LIBRARIES = {"hand": "by hand", "biotorch": "BioTorch", "tinydfa": "TinyDFA"}
+_ABSENT = {"hand": "–"}
 MISSED = " ✗"
 NOISE = 0.03  # a time per sample that rises by less is taken to be the same
 
@@ -118,7 +119,7 @@ def others(lines: list[Line]) -> Sheet:
             cells = [_cell(line, rule, None, sheet)]
             for library in LIBRARIES:
                 who = f"{library}:{rule}"
-                cells.append(_cell(line, who, None, sheet) if who in theirs else "no such rule")
+                cells.append(_cell(line, who, None, sheet) if who in theirs else _ABSENT.get(library, "no such rule"))
             sheet.rows.append([CASES[line["model"]].title, rule, *cells])
     return sheet
 

@@ -56,7 +56,7 @@ def test_step_time(run: Callable[..., int], tmp_path: Path, capsys: pytest.Captu
     for timed in one["contenders"].values():
         low, middle, high = timed["ratio"]
         assert 0 < low <= middle <= high and timed["turns"] >= 2
-    peers = {"biotorch:fa", "biotorch:frsf", "biotorch:brsf", "biotorch:dfa", "tinydfa:dfa"}
+    peers = {"hand:dfa", "biotorch:fa", "biotorch:frsf", "biotorch:brsf", "biotorch:dfa", "tinydfa:dfa"}
     assert peers == {who for who in (*ordinary["contenders"], *ordinary["fails"]) if ":" in who}
 
     assert run("step_time", "--read", str(out), "--markdown") == 0
@@ -123,6 +123,27 @@ def test_paired_ratios_are_of_one_turn() -> None:
     # In every block of two turns each goes first once.
     blocks = [order[i + 1 : i + 5] for i in range(0, len(order), 5)]
     assert blocks[0] == ["half", "bp", "bp", "half"]
+
+
+def test_by_hand_is_the_same_rule() -> None:
+    import copy
+
+    import peers
+    from models import CASES, loss_of
+
+    import rewire
+
+    case = CASES["mlp-128"]
+    torch.manual_seed(0)
+    by_hand = case.make()
+    model = rewire.convert(copy.deepcopy(by_hand), "dfa", scale=0.05)
+    x, y = case.data(8, "cpu")
+    for _ in range(2):  # the output layer is found in the first
+        model.zero_grad()
+        loss_of(model(x), y).backward()
+    peers.chain_loss(by_hand, list(rewire.feedback(model).values()))(x, y).backward()
+    for mine, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_a_contender_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
