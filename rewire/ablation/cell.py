@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rewire.errors import ConversionError
+from rewire.errors import ConversionError, nearest
 from rewire.rules.base import resolve
 from rewire.structures import resolve as resolve_structure
 
@@ -64,10 +64,11 @@ class Cell:
         one_of("skip", self.skip, ("keep", "cut"))
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
-        if isinstance(self.scale, str):
-            one_of("scale", self.scale, ("auto",))
-        else:
+        if not isinstance(self.scale, str):
             positive("scale", self.scale)
+        elif self.scale != "auto":
+            hint = nearest(self.scale.lower(), ("auto",))
+            raise InputError(f"scale is 'auto' or a number above zero, not {self.scale!r}{hint}")
         positive("seed", self.seed, zero=True)
         if self.seed >= 2**63:
             raise InputError(f"seed must be below 2**63, got {self.seed}")

@@ -192,7 +192,7 @@ def test_a_full_disk_is_one_line_and_the_way_on(
         (["--blocks", "9"], "no module fits '9'"),
         (["--feedback", "lowrnk"], "did you mean 'lowrank'"),
         (["--skip", "cutt"], "did you mean 'cut'"),
-        (["--scale", "big"], "unknown scale"),
+        (["--scale", "big"], "a number above zero"),
         (["--scale", "-1"], "scale must be above zero"),
         (["--model", "timm:resnet81"], "did you mean 'resnet18'"),
         (["--model", "rewire.ablation:Cells"], "did you mean 'Cell'"),
