@@ -66,7 +66,8 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
 def _ticket(x: Tensor, B: Tensor) -> Tensor:
     """x Bᵀ, of which only its place in the graph is wanted: the numbers take no memory."""
     ticket = linear(x, B)
-    if type(ticket) is Tensor:  # what others make of tensors may keep their numbers elsewhere
+    # Other kinds of tensors and devices may keep their numbers in another way.
+    if type(ticket) is Tensor and (ticket.is_cpu or ticket.is_cuda):
         ticket.untyped_storage().resize_(0)
     return ticket
 
