@@ -36,7 +36,7 @@ class Fitted(LearnedDirect):
         probe: samples (rows of e) that a round takes in, over as many passes as that needs; None: those of one pass.
         decay: weight of what earlier anchors showed, 0 (only the newest counts) to 1 (all alike).
         ridge: relative to the diagonal of EᵀE.
-        cap: B's norm is at most ``cap`` times that of the first fit, 0 for no cap. Without one feedback and weights can
+        cap: B's norm is at most ``cap`` times that of the first fit that was not zero, 0 for no cap. Without one feedback and weights can
             drive each other up under SGD with momentum.
         context: r, how many numbers of the layer's own input the feedback looks at.
         by: ``"gradients"``: as described. ``"jvp"``: no pass is handed back exactly (but the first, for the scale),
@@ -146,7 +146,9 @@ class Fitted(LearnedDirect):
             both = least_squares(self._ridged(T), Q, each).reshape(len(B), -1, Q.shape[1])
             parts += [both] if parts else [both[:, 0], both[:, 1:]]
         norm = parts[0].norm() if len(parts) == 1 else torch.stack([part.norm() for part in parts]).norm()
-        first = memory.setdefault("first", norm)
+        # A fit of zeros, as an output layer that starts at zero gives, is no measure of those to come.
+        first = torch.where(memory["first"] > 0, memory["first"], norm) if "first" in memory else norm
+        memory["first"] = first
         # max() keeps a fit of zeros from being divided by; where there is nothing to cap the factor is one.
         factor = torch.clamp(self.cap * first / norm.clamp_min(torch.finfo(norm.dtype).tiny), max=1)
         if self.cap:
