@@ -9,6 +9,7 @@ columns of it, in full, so that each is complete in any file and any copy of a p
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +72,7 @@ def mean(matrices: Iterable[Tensor]) -> Tensor:
     """Of the first rows of one matrix, (rows, n) each: row by row, over those that have it."""
     found = list(matrices)
     widest = max(found, key=len)
-    dtype = max((t.dtype for t in found), key=lambda dtype: dtype.itemsize)
+    dtype = reduce(torch.promote_types, (t.dtype for t in found), torch.float32)
     total, count = widest.new_zeros(widest.shape, dtype=dtype), widest.new_zeros(len(widest), 1, dtype=dtype)
     for t in found:
         total[: len(t)] += t.to(total)

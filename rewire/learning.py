@@ -361,10 +361,11 @@ def step(wiring: Wiring) -> bool:
         rule = state.rule
         assert isinstance(rule, LearnedDirect)
         for index, sums in state.gathered.items():
-            if _learn(state, rule, index, sums):
+            if _learn(state, rule, index, sums) and state.joint is not None:
                 taught |= {(state, name_of(state, "B", index, output)) for output, i in state.shapes if i == index}
         state.gathered = {}
-    agree(wiring, taught)
+    if taught:
+        agree(wiring, taught)
     changed = False
     for state in learners:
         assert isinstance(state.rule, LearnedDirect)
