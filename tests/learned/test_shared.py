@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import rewire
 from rewire.learning import glance
 from rewire.rules.base import LearnedDirect
-from rewire.structures import Shared
+from rewire.structures import NAMES, Shared
 from rewire.structures.shared import Columns
 from rewire.swap import states_of
 
@@ -644,16 +644,17 @@ def test_verify_finds_columns_that_are_not_what_was_handed_back(monkeypatch):
     assert not rewire.verify(model, x, lambda out: F.cross_entropy(out, labels)).ok
 
 
-def test_alone_it_learns_as_channel_does():
-    """With one layer there is nobody to agree with."""
-    found = []
-    for feedback in ("shared", "channel"):
-        model = rewire.convert(
-            mlp(WIDTHS), "bp", layers={"2": "dkp(lr=0.2, decay=0)"}, feedback=feedback, scale=0.3, seed=SEED
-        )
-        trained(model, 1)
-        start = rewire.feedback(model)["2"]
-        trained(model, 1, first=1)
-        found.append(rewire.feedback(model)["2"] - start)
-    assert float(found[0].norm()) > 0
-    assert Shared().joint == Shared(per="element").joint != Shared("binary").joint
+def test_one_layer_has_nobody_to_agree_with():
+    model = mlp(WIDTHS)
+    ours = Ours(model, drawn_M(7))
+    rule = "dkp(lr=0.2, decay=0, normalise=False)"
+    rewire.convert(model, "bp", layers={"2": rule}, feedback="shared", scale=BY_NAME, seed=SEED)
+    x, labels = next(batches(1))
+    e = ours.run(x.numpy(), labels.numpy())
+    F.cross_entropy(model(x), labels).backward()
+    np.testing.assert_allclose(rewire.feedback(model)["2"], ours.B[1] - 0.2 * e.T @ ours.xs[1], atol=TOL, rtol=0)
+
+
+def test_which_layers_have_one_matrix():
+    assert Shared().joint == Shared(per="element").joint == Shared(dtype=torch.bfloat16).joint != Shared("binary").joint
+    assert {name for name, structure in NAMES.items() if structure.joint is not None} == {"shared"}
