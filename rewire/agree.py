@@ -45,8 +45,9 @@ def agree(wiring: Wiring, taught: set[Member]) -> None:
             own = state.learned[name]
             own[: len(matrix)].copy_(matrix[: len(own)])
             buffers.drop_copies(state)
-    for all_of in groups.values():  # all outputs' first: what is limited is B of all of them together
-        factors = list(_limits(all_of))
+    # All before any is made smaller: what is limited is B of all output layers together.
+    limits = [(all_of, list(_limits(all_of))) for all_of in groups.values()]
+    for all_of, factors in limits:
         if factors:
             factor = torch.stack([one.to(factors[0]) for one in factors]).min()
             for state, name in all_of:

@@ -269,7 +269,8 @@ class LearnedDirect(DirectRule):
     """A direct rule whose B changes in training, by what passes show: see :mod:`rewire.learning`.
 
     B is what the structure of the feedback lets a rule learn: all of it; or Q of B = P Q, e P being what the rule is
-    shown as e; or a B some of whose entries are zero, and stay so.
+    shown as e; or a B some of whose entries are zero, and stay so. Where layers have one matrix in common, it becomes
+    the mean of what they have learned (:mod:`rewire.agree`).
 
     Attributes:
         watches: wants the layer's input in every pass.

@@ -361,22 +361,23 @@ def test_convolutions_beside_linear_layers(structures):
 
 
 class Heads(nn.Module):
-    def __init__(self):
+    def __init__(self, n=4):
         super().__init__()
-        self.a, self.b, self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(5, 2)
+        self.a, self.b, self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(5, n)
 
     def forward(self, x):
         h = torch.tanh(self.b(torch.tanh(self.a(x))))
         return self.one(h), self.two(h)
 
 
-def test_each_output_layer_has_a_matrix():
-    model = seeded(Heads)
+@pytest.mark.parametrize("n", [4, 2])
+def test_each_output_layer_has_a_matrix(n):
+    model = seeded(Heads, n)
     plain = copy.deepcopy(model)
     scale = {"a": 1.0, "b": 0.3, "one": 0.5, "two": 0.9}
     rule = "dkp(lr=0.5, decay=0.1, normalise=False)"
     rewire.convert(model, rule, feedback="shared", scale=scale, seed=SEED, output=["one", "two"])
-    M = {"one": drawn_M(5), "two": drawn_M(5, "@two", 2)}
+    M = {"one": drawn_M(5), "two": drawn_M(5, "@two", n)}
     for seed in range(3):
         x = randn(6, 3, seed=seed)
         h = torch.tanh(plain.a(x)).detach()
@@ -404,7 +405,7 @@ def test_each_output_layer_has_a_matrix():
 
 def test_a_cap_is_one_of_b_of_all_output_layers_together():
     model = seeded(Heads)
-    scale = {"a": 1.0, "b": 0.3, "one": 0.5, "two": 0.9}
+    scale = {"a": 1.0, "b": 3.0, "one": 0.5, "two": 0.5}  # so it is b whose cap binds
     rewire.convert(model, "fitted(every=1, cap=0.3)", feedback="shared", scale=scale, output=["one", "two"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     tight = []
@@ -424,7 +425,90 @@ def test_a_cap_is_one_of_b_of_all_output_layers_together():
         for name, other in (("B", "one"), ("B_at_two", "two")):
             mine = kept[f"b.rewire_{name}"]
             assert torch.equal(kept[f"{other}.rewire_{name}"][: len(mine)], mine)
+        assert share["b"] == max(share.values())
     assert max(tight) > 1 - 1e-9
+
+
+def test_errors_of_other_numbers_of_outputs_have_another_matrix():
+    """A count sketch leaves two numbers of an error of four."""
+    model, ours, optimizer = begin(
+        "dkp(lr=0.2, decay=0.3, normalise=False)", layers={"4": "fitted(every=2, sketch=2, cap=0)"}
+    )
+    M = drawn_M(7)
+    for x, labels in batches(5):
+        ours = Ours(model, M)
+        e = ours.run(x.numpy(), labels.numpy())
+        train_step(model, optimizer, x, labels)
+        M = agreed(M, {at: ours.B[at] - 0.2 * (e.T @ ours.xs[at] + 0.3 * ours.B[at]) for at in (1, 3)})
+        used = rewire.feedback(model)
+        assert used["4"].shape == (2, 3)
+        for at in (1, 3):
+            np.testing.assert_allclose(used[NAME[at]], SCALES[at] * M[:, : WIDTH[at]], atol=TOL, rtol=0)
+
+
+class Both(nn.Module):
+    """Two inputs, of which the second may not be there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(5, 6)
+
+    def forward(self, x, y=None):
+        return self.first(x) if y is None else self.first(x) + self.second(y)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.g, self.both, self.head = nn.Linear(3, 4), nn.Linear(3, 5), Both(), nn.Linear(6, 4)
+
+    def forward(self, x, two):
+        h, g = torch.tanh(self.a(x)), torch.tanh(self.g(x))
+        return self.head(torch.tanh(self.both(h, g) if two else self.both(h)))
+
+
+def test_every_input_of_a_layer_has_columns_of_its_own():
+    model = seeded(TwoInputs)
+    plain = copy.deepcopy(model)
+    rule = "dkp(lr=0.5, decay=0.1, normalise=False)"
+    scale = {"a": 1.0, "g": 1.0, "both": 0.3, "head": 0.8}
+    rewire.convert(model, rule, feedback="shared", blocks=["both"], scale=scale, seed=SEED)
+    M = drawn_M(6)
+    for seed, two in enumerate([True, False, True, False]):
+        x, labels = randn(6, 3, seed=seed), torch.arange(6) % 4
+        h, g = (torch.tanh(layer(x)).detach() for layer in (plain.a, plain.g))
+        top = torch.tanh(plain.both(h, g) if two else plain.both(h)).detach()
+        y = plain.head(top).detach().requires_grad_()
+        F.cross_entropy(y, labels).backward()
+        e = y.grad.numpy()
+        F.cross_entropy(model(x, two), labels).backward()
+        alone = {}
+        for name, inputs in (
+            {"both": h, "both second": g, "head": top}.items() if two else {"both": h, "head": top}.items()
+        ):
+            B = scale[name.split()[0]] * M[:, : inputs.shape[1]]
+            alone[name] = B - 0.5 * (e.T @ inputs.numpy() + 0.1 * B)
+        M = agreed(M, alone, scale | {"both second": 0.3})
+        kept = model.state_dict()
+        for name, columns in {"both.rewire_B": 4, "both.rewire_B_1": 5, "head.rewire_B": 6}.items():
+            np.testing.assert_allclose(kept[name].T, M[:, :columns], atol=TOL, rtol=0)
+
+
+class Overflows(Mine):
+    def gather(self, rows):
+        return {"G": rows.e.T @ rows.summed() * (float("inf") if rows.summed().shape[1] == 3 else 1)}
+
+
+def test_a_layer_whose_sums_are_not_finite_counts_for_nothing():
+    model, ours, optimizer = begin(Overflows())
+    with pytest.warns(rewire.RewireWarning, match=r"'4'.*not finite, and is left out"):
+        for x, labels in batches(3):
+            e = ours.run(x.numpy(), labels.numpy())
+            before = ours.B
+            ours.step()
+            train_step(model, optimizer, x, labels)
+            ours.M = agreed(ours.M, {at: before[at] + e.T @ ours.xs[at] for at in (1, 3)})
+            check(model, ours)
 
 
 class Sometimes(nn.Module):
@@ -487,6 +571,18 @@ def test_fits_that_are_not_taken_in_by_a_layer_do_not_lift_its_cap():
             assert float(used[name].norm()) <= float(kept[f"{name}.rewire_first"]) * (1 + 1e-12)
             columns = kept[f"{name}.rewire_B"]
             assert torch.equal(kept["wide.rewire_B"][: len(columns)], columns)
+
+
+def test_a_branch_that_starts_at_zero_caps_nobody():
+    """Its first fit is zero, and says nothing about how large M may be."""
+    model, labels = seeded(Sometimes), torch.arange(6) % 4
+    nn.init.zeros_(model.wide.weight)
+    scale = {"a": 1.0, "grow": 1.0, "b": 0.3, "wide": 0.5, "head": 0.8}
+    rewire.convert(model, "fitted(every=1, cap=2.0)", feedback="shared", scale=scale, seed=SEED)
+    for step in range(3):
+        F.cross_entropy(model(randn(6, 3, seed=step), True), labels).backward()
+        assert all(float(B.norm()) > 0.01 for B in rewire.feedback(model).values())
+        assert float(model.state_dict()["wide.rewire_first"]) == 0
 
 
 # -- what is kept ----------------------------------------------------------------------------------------
@@ -634,6 +730,30 @@ def test_memory_is_that_of_every_layers_columns(dtype):
     fixed = rewire.convert(mlp(WIDTHS).to(dtype), "dkp", layers={"2": "dfa"}, feedback="shared", scale=0.3)
     trained(fixed, 3)
     assert rewire.summary(fixed).common_bytes == 28 * dtype.itemsize
+
+
+def test_copies_in_fewer_bits_follow_what_others_have_learned():
+    """One layer learns in each pass; what the others multiply with is made again."""
+    model, _, _ = begin("fitted(by='jvp', every=1)", Shared(dtype=torch.float32))
+    for step in range(6):
+        trained(model, 1, first=step)
+        used, kept = rewire.feedback(model), model.state_dict()
+        for at, name in NAME.items():
+            assert used[name].dtype is torch.float32
+            expected = SCALES[at] * kept[f"{name}.rewire_B"].t()
+            torch.testing.assert_close(used[name].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_configuration_brings_its_scales_into_what_is_saved():
+    model, other = (rewire.convert(mlp(WIDTHS, seed=seed), "dkp", feedback="shared") for seed in (0, 1))
+    trained(model, 2), trained(other, 2)
+    scales = rewire.scales(model)
+    assert rewire.scales(other) != scales
+    rewire.load_config(other, rewire.config(model))
+    trained(other, 1)
+    fresh = rewire.convert(mlp(WIDTHS), "dkp", feedback="shared")
+    fresh.load_state_dict(other.state_dict())
+    assert all(rewire.scales(fresh)[name] == scales[name] for name in NAME.values())
 
 
 def test_verify_finds_columns_that_are_not_what_was_handed_back(monkeypatch):
