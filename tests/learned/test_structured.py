@@ -527,6 +527,29 @@ def test_what_was_learned_under_another_seed_does_not_load(what):
     rewire.convert(mlp(), "fitted(every=2)", seed=2).load_state_dict(dense.state_dict())
 
 
+def test_every_projection_of_an_attention_says_that_its_seed_is_another():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 6), nn.Linear(4, 5)
+            self.attention = nn.MultiheadAttention(4, 2, kdim=6, vdim=6, batch_first=True)
+
+        def forward(self, x):
+            h, g = torch.tanh(self.a(x)), torch.tanh(self.b(x))
+            return self.head(self.attention(h, g, g)[0])
+
+    saved, other = (rewire.convert(seeded(Attends), "dkp", feedback=LowRank(2), seed=seed) for seed in (1, 2))
+    for model in (saved, other):
+        for step in range(3):
+            model(randn(6, 7, 3, seed=step)).square().mean().backward()
+    with pytest.raises(RuntimeError) as problem:
+        other.load_state_dict(saved.state_dict())
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        assert f"'attention.{name}': what its feedback has learned goes with random numbers of another" in str(
+            problem.value
+        )
+
+
 @of_all
 @every_rule
 def test_verify_alignment_and_restore(rule, structure):
