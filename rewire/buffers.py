@@ -7,6 +7,7 @@ made one again.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,25 @@ if TYPE_CHECKING:
 
 # What it is, of which input, of which output layer.
 _NAME = re.compile(r"([A-Za-z]+)(?:_(\d+))?(?:_at_(.*))?")
+_SCALE = "scaled_by"  # no name of what a rule remembers
 
 
 def name_of(state: LayerState, what: str, index: int, output: str = "") -> str:
     """Name of one tensor of it; every output layer but the first has feedback of its own."""
     further = f"_at_{output.replace('.', '_')}" if output and state.wiring.outputs.index(output) > 0 else ""
     return f"{state.tag}{what}{f'_{index}' if index else ''}{further}"
+
+
+def index_of(state: LayerState, name: str) -> int:
+    """Of which input a tensor of it is."""
+    parts = _NAME.fullmatch(name.removeprefix(state.tag))
+    return int(parts[2] or 0) if parts is not None else 0
+
+
+def output_of(state: LayerState, name: str) -> str | None:
+    """Of which output layer a B is, as its name has it: "" for the first; None for what is no B."""
+    parts = _NAME.fullmatch(name.removeprefix(state.tag))
+    return (parts[3] or "") if parts is not None and parts[1] == "B" else None
 
 
 def memory_of(state: LayerState, index: int) -> dict[str, Tensor]:
@@ -50,7 +64,7 @@ def remember(state: LayerState, index: int, memory: dict[str, Tensor]) -> None:
         else:
             state.learned[name] = tensor
             unlink(state)
-    _drop_copies(state)
+    drop_copies(state)
 
 
 def keep_count(state: LayerState) -> None:
@@ -64,6 +78,18 @@ def note_seed(state: LayerState) -> None:
     name = f"{state.tag}origin"
     if name not in state.learned:
         state.learned[name] = _origin(state)
+        unlink(state)
+
+
+def note_scale(state: LayerState) -> None:
+    """Save with the module the scale of feedback that is kept without it."""
+    assert state.scale is not None
+    mantissa, exponent = math.frexp(state.scale)
+    # Whole numbers: others would be cast, and rounded, with the module.
+    exact, name = torch.tensor([int(mantissa * 2**53), exponent - 53]), f"{state.tag}{_SCALE}"
+    before = state.learned.get(name)
+    if before is None or not torch.equal(before.cpu(), exact):
+        state.learned[name] = exact
         unlink(state)
 
 
@@ -123,14 +149,19 @@ def relink(state: LayerState, module: nn.Module) -> None:
     passes = found.get(f"{state.tag}passes")
     if passes is not None:
         state.wiring.passes, state.wiring.sampled = (int(number) for number in passes)
-    if state.scale is None and any(name.startswith(f"{state.tag}B") for name in found):
+    scale = found.get(f"{state.tag}{_SCALE}")
+    if scale is not None:
+        exact, exponent = scale.tolist()
+        if state.scale != (kept := math.ldexp(exact, exponent)):
+            state.scale, state.scale_note = kept, "learned, and loaded"
+    if state.scale is None and state.joint is None and any(name.startswith(f"{state.tag}B") for name in found):
         state.scale, state.scale_note = 1.0, "learned, and loaded"
     state.forget_routes()
     state.turn()
     state.refresh()
 
 
-def _drop_copies(state: LayerState) -> None:
+def drop_copies(state: LayerState) -> None:
     """Forget copies of B in other dtypes or on other devices."""
     ours = {id(tensor) for tensor in state.learned.values()}
     if any(id(B.own if isinstance(B, Feedback) else B) not in ours for B in state.made.values()):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rewire import buffers
+from rewire import agree, buffers
 from rewire.feedback import quick_normal, standard_normal, streams
 from rewire.rules.base import LearnedDirect, LocalRule, parts_of
 from rewire.structures import Feedback, Place, Structure
@@ -51,7 +51,11 @@ def B_of(
         wide = torch.promote_types(dtype, torch.float32)
         # Small steps would be lost in what a structure keeps in few bits.
         held = state.learned[name] = structure.draw(replace(place, dtype=wide)).to(wide)
+        if structure.joint is not None:
+            agree.join(state, name)
         buffers.unlink(state)
+    if structure.joint is not None and state.scale is not None:
+        buffers.note_scale(state)
     made = structure.around(place, held)
     if isinstance(made, Feedback) or any(
         isinstance(part, LearnedDirect) and part.context for part in parts_of(state.given)

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rewire.buffers import memory_of, remember
+from rewire.agree import Member, agree
+from rewire.buffers import memory_of, name_of, remember
 from rewire.distributed import Groups, sum_tensors_over_ranks
 from rewire.feedback import standard_normal
 from rewire.layer_feedback import held_B, made_for
@@ -355,12 +356,16 @@ def step(wiring: Wiring) -> bool:
         sums["samples"] for state in learners if state.exact for sums in state.gathered.values() if "samples" in sums
     ]
     wiring.sampled = wiring.sampled + max(int(number) for number in samples) if samples else 0
+    taught: set[Member] = set()
     for state in learners:
         rule = state.rule
         assert isinstance(rule, LearnedDirect)
         for index, sums in state.gathered.items():
-            _learn(state, rule, index, sums)
+            if _learn(state, rule, index, sums) and state.joint is not None:
+                taught |= {(state, name_of(state, "B", index, output)) for output, i in state.shapes if i == index}
         state.gathered = {}
+    if taught:
+        agree(wiring, taught)
     changed = False
     for state in learners:
         assert isinstance(state.rule, LearnedDirect)
@@ -416,16 +421,17 @@ def mask_of(state: LayerState, index: int) -> Tensor | None:
     return torch.cat(found) if found and len(found) == len(masks) else None
 
 
-def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> None:
+def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> bool:
+    """Let the rule change the feedback of one input; whether there was something to learn from."""
     if not all(map(_finite, sums.values())):
         state.wiring.warn_once(
             f"learn:{state.name}",
             f"layer {state.label}: a pass from which its feedback was to learn is not finite, and is left out (usual "
             "for the first steps under a gradient scaler)",
         )
-        return
+        return False
     if state.gathered_of.get(index) != width(state, index):
-        return  # an output layer was seen for the first time since
+        return False  # an output layer was seen for the first time since
     parts = parts_of_B(state, index)
     matrices = [part.matrix for part in parts]
     B = torch.cat(matrices).to(next(iter(sums.values())).dtype)
@@ -437,6 +443,7 @@ def _learn(state: LayerState, rule: LearnedDirect, index: int, sums: Sums) -> No
     for part, new in zip(parts, torch.split(made, [len(matrix) for matrix in matrices]), strict=True):
         part.become(new)
     remember(state, index, memory)
+    return True
 
 
 def padded(t: Tensor, shape: torch.Size) -> Tensor:

@@ -7,6 +7,7 @@ what changes when rule, role or scale do.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from rewire.learned import PREFIX
 from rewire.ready import prepare, traceable
 from rewire.roles import Role
 from rewire.routing import LAYOUTS, Reading, Route
-from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule, Schedule, whose_turn
+from rewire.rules.base import DirectRule, LearnedDirect, LocalRule, Rule, Schedule, parts_of, whose_turn
 from rewire.scale import root_mean_square
 from rewire.structures import Feedback, Structure, resolve
 from rewire.ways import Way
@@ -333,6 +334,14 @@ class LayerState:
     def counts(self) -> bool:
         """Whether what it hands back depends on the number of the pass."""
         return self.rule.learns or isinstance(self.given, Schedule)
+
+    @property
+    def joint(self) -> Hashable | None:
+        """With which other layers' its feedback is learned as one matrix; None: with none, or it does not learn."""
+        for part in (self.rule, *parts_of(self.given)):
+            if isinstance(part, LearnedDirect):
+                return self.structure(part).joint
+        return None
 
     @property
     def saves(self) -> bool:

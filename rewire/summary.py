@@ -152,7 +152,7 @@ def _element(module: nn.Module) -> int:
 
 def _size(rule: DirectRule, structure: Structure, shape: tuple[int, ...], module: nn.Module) -> int:
     """Bytes kept for one B; what learns is kept in more than 16 bits, beside what is used."""
-    size = structure.size(shape, _element(module))
+    size = (structure.learned_size if rule.learns else structure.size)(shape, _element(module))
     own = next((p.dtype for p in module.parameters()), torch.float32)
     wide = torch.promote_types(own, torch.float32)
     if not rule.learns or wide is (structure.dtype or own):
@@ -169,6 +169,8 @@ def _common(model: nn.Module, expected: Shapes | None) -> int:
         shapes = state.shapes or (expected or {}).get(state.name, {})
         for (output, index), shape in shapes.items():
             structure = state.structures.get((output, index), state.structure())
+            if state.rule.learns and structure.joint is not None:
+                continue
             key = (id(state.wiring), structure, output, _element(module))
             needed.setdefault(key, []).append(shape)
     return sum(structure.common_size(shapes, element) for (_, structure, _, element), shapes in needed.items())

@@ -512,7 +512,28 @@ def test_blocks_of_tiles_cover_the_matrix_once(rows, columns, size):
             place = out[row : row + block.shape[0], column : column + block.shape[1]]
             assert (place == -1).all()
             place.copy_(block)
+        tile = flat[start : start + size]
+        assert len(list(blocks(start, tile, columns))) <= 3  # rest of a row, whole rows at once, beginning of a row
     assert torch.equal(out, flat.view(rows, columns))
+
+
+@pytest.mark.parametrize("chunk", [5, 10_000])
+def test_seeded_in_several_tiles_under_torch_func(chunk, monkeypatch):
+    """What one tile adds must not replace what the others have: in vmap they are added up by another operation."""
+    monkeypatch.setattr(sys.modules["rewire.feedback"], "CHUNK", chunk)
+    model = convert(seeded(chain, 5, 7, 6, 8), "seeded", output="4")
+    x = randn(4, 5)
+    params = dict(model.named_parameters())
+
+    def loss(p, sample):
+        return torch.func.functional_call(model, p, (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    for i in range(len(x)):
+        model.zero_grad()
+        model(x[i : i + 1]).square().sum().backward()
+        for name, p in params.items():
+            close(each[name][i], p.grad, 1e-12)
 
 
 class Largest(TorchDispatchMode):

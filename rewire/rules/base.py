@@ -269,7 +269,8 @@ class LearnedDirect(DirectRule):
     """A direct rule whose B changes in training, by what passes show: see :mod:`rewire.learning`.
 
     B is what the structure of the feedback lets a rule learn: all of it; or Q of B = P Q, e P being what the rule is
-    shown as e; or a B some of whose entries are zero, and stay so.
+    shown as e; or a B some of whose entries are zero, and stay so. Where layers have one matrix in common, it becomes
+    the mean of what they have learned (:mod:`rewire.agree`).
 
     Attributes:
         watches: wants the layer's input in every pass.
@@ -277,6 +278,9 @@ class LearnedDirect(DirectRule):
         together: all layers get tangents in the same probe; else one layer in each, in turn.
         samples: how many samples of the batch a probe takes; None: all.
         context: how many numbers of the layer's own input the feedback looks at; 0: none.
+        keeps_norm: it turns B and leaves its size to something else. Where layers' B are learned as one matrix
+            (:class:`~rewire.structures.Shared`), their mean gets back the size that they had: a mean of matrices that
+            were turned differently is smaller than each.
     """
 
     learns: ClassVar[bool] = True
@@ -285,6 +289,7 @@ class LearnedDirect(DirectRule):
     together: bool = False
     samples: int | None = None
     context: int = 0
+    keeps_norm: ClassVar[bool] = False
 
     def exact(self, passes: int, sampled: int) -> bool:
         """Whether the next pass is handed back exactly, as under ``bp``.
@@ -324,6 +329,14 @@ class LearnedDirect(DirectRule):
                 which: others are dropped from what is returned.
         """
         raise NotImplementedError
+
+    def largest(self, memory: Mapping[str, Tensor]) -> Tensor | None:
+        """The norm that B may have at most; None: any.
+
+        Asked after :meth:`learn` where layers' B have become one matrix: that is made smaller, as a whole, until each
+        layer's B is small enough.
+        """
+        return None
 
 
 _registry: dict[str, Callable[[], Rule]] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -36,8 +38,8 @@ class Fitted(LearnedDirect):
         probe: samples (rows of e) that a round takes in, over as many passes as that needs; None: those of one pass.
         decay: weight of what earlier anchors showed, 0 (only the newest counts) to 1 (all alike).
         ridge: relative to the diagonal of EᵀE.
-        cap: B's norm is at most ``cap`` times that of the first fit, 0 for no cap. Without one feedback and weights can
-            drive each other up under SGD with momentum.
+        cap: B's norm is at most ``cap`` times that of the first fit that was not zero, 0 for no cap. Without one
+            feedback and weights can drive each other up under SGD with momentum.
         context: r, how many numbers of the layer's own input the feedback looks at.
         by: ``"gradients"``: as described. ``"jvp"``: no pass is handed back exactly (but the first, for the scale),
             and there is no backward in fitting: every ``every``-th pass a forward-mode probe (:mod:`rewire.jvp`) of
@@ -46,7 +48,9 @@ class Fitted(LearnedDirect):
         sketch: an error with more outputs than this is first summed up into so many numbers, each output under a random
             sign into a random one of them (count sketch).
         layout, feedback: see :class:`~rewire.rules.base.DirectRule`. With feedback of low rank, B = P Q, all of this is
-            about e P and Q; with sparse feedback the columns of B minimise the above among those with the same zeros.
+            about e P and Q; with sparse feedback the columns of B minimise the above among those with the same zeros;
+            with shared feedback they become those of one matrix (:mod:`rewire.agree`), small enough for every layer's
+            cap, and each layer keeps the C that it fitted.
     """
 
     source = "rewire"
@@ -146,7 +150,9 @@ class Fitted(LearnedDirect):
             both = least_squares(self._ridged(T), Q, each).reshape(len(B), -1, Q.shape[1])
             parts += [both] if parts else [both[:, 0], both[:, 1:]]
         norm = parts[0].norm() if len(parts) == 1 else torch.stack([part.norm() for part in parts]).norm()
-        first = memory.setdefault("first", norm)
+        # A fit of zeros, as an output layer that starts at zero gives, is no measure of those to come.
+        first = torch.where(memory["first"] > 0, memory["first"], norm) if "first" in memory else norm
+        memory["first"] = first
         # max() keeps a fit of zeros from being divided by; where there is nothing to cap the factor is one.
         factor = torch.clamp(self.cap * first / norm.clamp_min(torch.finfo(norm.dtype).tiny), max=1)
         if self.cap:
@@ -154,6 +160,10 @@ class Fitted(LearnedDirect):
         if len(parts) > 1:
             memory["C"] = parts[1].contiguous()
         return parts[0]
+
+    def largest(self, memory: Mapping[str, Tensor]) -> Tensor | None:
+        first = memory.get("first")
+        return torch.where(first > 0, self.cap * first, math.inf) if self.cap and first is not None else None
 
     def _ridged(self, S: Tensor) -> Tensor:
         """Normal equations that can be solved: an error of a softmax sums to zero, so EᵀE alone is singular."""

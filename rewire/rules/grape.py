@@ -36,6 +36,7 @@ class Grape(LearnedDirect):
 
     source = "Caillon et al. 2026, ICLR, openreview kasbbmwk3s"
     probes = True
+    keeps_norm = True
 
     def __init__(
         self,

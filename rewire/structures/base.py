@@ -183,6 +183,15 @@ class Structure:
         """
         return "does not say that what it keeps can learn (Structure.fixed)"
 
+    @property
+    def joint(self) -> Hashable | None:
+        """What tells which B are learned as one matrix, M (:mod:`rewire.agree`); None: each layer's by itself.
+
+        What learns of such a B is (features, n): the layer's columns of M, which are the first ones, transposed. B has
+        them times the layer's scale.
+        """
+        return None
+
     def own_shape(self, shape: Shape) -> Shape:
         """Shape of what learns of a B of ``shape``."""
         return shape
@@ -213,6 +222,10 @@ class Structure:
     def common_size(self, shapes: Iterable[Shape], itemsize: int) -> int:
         """Bytes kept once for all B of ``shapes``, those of one output layer."""
         return 0
+
+    def learned_size(self, shape: Shape, itemsize: int) -> int:
+        """:meth:`size` where B learns. Of what is :attr:`joint`, nothing is kept in common then."""
+        return self.size(shape, itemsize)
 
 
 def check_distribution(owner: Structure, name: object, more: tuple[str, ...] = ()) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+import math
+from collections.abc import Hashable, Iterable
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,9 @@ class Shared(Structure):
     there are, so B does not depend on which other layers there are. ``e M`` is computed once per pass; a
     layer costs one multiplication for each of its numbers. Layers are handed the same feedback, except
     for their scale.
+
+    Under rules that learn M learns, and stays one matrix (:mod:`rewire.agree`). Each layer then keeps its own columns
+    of it and multiplies by them, as dense feedback does.
 
     Args:
         distribution: normal, uniform, binary or ternary entries of M.
@@ -51,10 +55,24 @@ class Shared(Structure):
 
     @property
     def fixed(self) -> str:
-        return (
-            "keeps one matrix for all layers, of which none has a part of its own: what one layer learned would change "
-            "what the others hand back"
-        )
+        return ""
+
+    @property
+    def joint(self) -> Hashable:
+        return self.name, self.distribution
+
+    def own_shape(self, shape: Shape) -> Shape:
+        return features(shape), shape[0]
+
+    def draw(self, place: Place) -> Tensor:
+        """The layer's columns of M, transposed, without its scale."""
+        alone = replace(place, common={})  # nothing is kept in common
+        made = self.make(alone)
+        assert isinstance(made, Slice)
+        return made.matrix.columns
+
+    def around(self, place: Place, own: Tensor) -> Feedback:
+        return Columns(own.to(device=place.device, dtype=self.kept(place)), place.shape, place.scale)
 
     def size(self, shape: Shape, itemsize: int) -> int:
         return 0
@@ -64,6 +82,9 @@ class Shared(Structure):
         for shape in shapes:
             widest[shape[0]] = max(widest.get(shape[0], 0), features(shape))
         return sum(n * columns for n, columns in widest.items()) * self.itemsize(itemsize)
+
+    def learned_size(self, shape: Shape, itemsize: int) -> int:
+        return math.prod(shape) * self.itemsize(itemsize)
 
 
 class Matrix:
@@ -117,3 +138,30 @@ class Slice(Feedback):
 
     def dense(self) -> Tensor:
         return (self.matrix.columns[: self.width].t() * self.scale).reshape(self.shape)
+
+
+class Columns(Feedback):
+    """The layer's own columns of an M that learns, (features, n), times the layer's scale."""
+
+    def __init__(self, columns: Tensor, shape: Shape, scale: float) -> None:
+        self.columns = columns
+        self.shape = shape
+        self.scale = scale
+        self.dtype = columns.dtype
+        self.width = shape[0]
+
+    @property
+    def own(self) -> Tensor:
+        return self.columns
+
+    def as_matrix(self, own: Tensor) -> Tensor:
+        return own.t() * self.scale
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t() / self.scale
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows @ self.columns.t() * self.scale
+
+    def dense(self) -> Tensor:
+        return self.as_matrix(self.columns).reshape(self.shape)

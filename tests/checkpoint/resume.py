@@ -16,7 +16,7 @@ from torch import nn
 
 import rewire
 from rewire.rules.direct import DFA
-from rewire.structures import LowRank, Sparse
+from rewire.structures import LowRank, Shared, Sparse
 from tests import plain  # noqa: F401  (what is imported must not matter)
 from tests.every_rule import EVERY
 
@@ -104,7 +104,7 @@ def _structures() -> dict[str, dict[str, Any]]:
 
 def _learned_structures() -> dict[str, dict[str, Any]]:
     rules = ["fitted(every=4)", "fitted(every=4, context=2)", "fitted(by='jvp', every=3)", "dkp", "grape"]
-    kept = {"lowrank": LowRank(rank=2), "sparse": Sparse(nonzeros=2)}
+    kept = {"lowrank": LowRank(rank=2), "sparse": Sparse(nonzeros=2), "shared": Shared()}
     return {f"{rule}-{name}": {"rule": rule, "feedback": kept[name], "seed": 7} for rule in rules for name in kept}
 
 

@@ -18,6 +18,8 @@ STRUCTURED = (
     "fitted(every=2, context=2, feedback=Sparse(nonzeros=2))",
     "dkp(feedback=LowRank(rank=2))",
     "dkp(feedback=Sparse(nonzeros=2))",
+    "fitted(every=2, feedback=Shared())",
+    "dkp(feedback=Shared())",
 )
 LOCAL = [name for name in RULES if isinstance(resolve(name), rewire.LocalRule)]
 # They keep of e only its sign, or the target: a mean over more samples does not make their feedback smaller, so the

@@ -307,6 +307,25 @@ def test_a_pass_that_is_not_finite_teaches_nothing():
     assert before.isfinite().all()
 
 
+def test_an_output_that_starts_at_zero_is_no_cap_for_good():
+    """Its first anchor shows gradients of zero, and the first fit is zero."""
+    norms = {}
+    for cap in (0, 1e6, 1.0):
+        model = mlp()
+        nn.init.zeros_(model[4].weight)
+        rewire.convert(model, f"fitted(every=2, cap={cap})", scale=0.3, output="4")
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        norms[cap] = []
+        for _ in range(9):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+            norms[cap].append(float(rewire.feedback(model)["4"].norm()))
+    assert norms[0][0] == 0 and norms[0][-1] > norms[0][2] > 0
+    assert norms[1e6] == norms[0]
+    assert norms[1.0][2] == norms[0][2] and max(norms[1.0]) <= norms[0][2] * (1 + 1e-12)
+
+
 def test_many_outputs_are_sketched():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 40)).double()

@@ -44,6 +44,9 @@ RULES = [
     "dkp(lr=0.2, decay=0.3)",
     "grape(every=1, anchor=4)",
 ]
+# Of whose values tests/learned/test_shared.py has what there is to say: layers do not learn them by themselves.
+ALL = STRUCTURES | {"shared": Shared()}
+of_all = pytest.mark.parametrize("structure", ALL.values(), ids=ALL.keys())
 every_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 every_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -329,7 +332,7 @@ def test_what_was_gathered_of_fewer_outputs_is_left_out(structure):
     np.testing.assert_allclose(rewire.feedback(model)["b@two"], fit[wide:], atol=TOL, rtol=0)
 
 
-@every_structure
+@of_all
 @every_rule
 def test_passes_of_one_output_and_then_of_two(rule, structure):
     model, x = seeded(Heads), randn(6, 3, seed=1)
@@ -404,7 +407,7 @@ def test_e_is_squeezed_once_in_a_pass(rule, monkeypatch):
     assert len({id(one) for one in calls}) == 1
 
 
-@every_structure
+@of_all
 def test_nothing_is_made_again_when_something_was_learned(structure):
     model = rewire.convert(mlp(), "dkp", feedback=structure, scale=SCALE)
     trained(model, 2)
@@ -429,7 +432,7 @@ def test_gradients_of_gradients_see_e_times_p():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@every_structure
+@of_all
 def test_what_is_kept_in_fewer_bits_learns_in_more(structure, dtype):
     """Steps of one in ten thousand add up."""
     model = mlp() if dtype is torch.float32 else mlp().to(torch.bfloat16)
@@ -473,7 +476,7 @@ def step_streamed(model, x, labels):
     rewire.backward_streamed(model, x, lambda out: F.cross_entropy(out, labels))
 
 
-@every_structure
+@of_all
 @every_rule
 def test_streamed(rule, structure):
     """The second of two forwards is the one that counts."""
@@ -496,7 +499,7 @@ def test_streamed(rule, structure):
 # -- around it -----------------------------------------------------------------------------------------
 
 
-@every_structure
+@of_all
 @every_rule
 def test_a_state_dict_resumes_to_the_bit_and_copies_go_on_alike(rule, structure):
     model = trained(rewire.convert(mlp(), rule, feedback=structure), 5)
@@ -510,12 +513,10 @@ def test_a_state_dict_resumes_to_the_bit_and_copies_go_on_alike(rule, structure)
         assert torch.equal(t, copied.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("what", [*STRUCTURES, "context"])
+@pytest.mark.parametrize("what", [*ALL, "context"])
 def test_what_was_learned_under_another_seed_does_not_load(what):
     """What goes with it is made from the seed: P of a low rank, which entries there are, P that looks at the input."""
-    rule, structure = (
-        ("fitted(every=2, context=3)", "dense") if what == "context" else ("fitted(every=2)", STRUCTURES[what])
-    )
+    rule, structure = ("fitted(every=2, context=3)", "dense") if what == "context" else ("fitted(every=2)", ALL[what])
     model = trained(rewire.convert(mlp(), rule, feedback=structure, seed=1), 3)
     other = rewire.convert(mlp(), rule, feedback=structure, seed=2)
     with pytest.raises(RuntimeError, match=r"'2'.*another seed than 2"):
@@ -526,7 +527,30 @@ def test_what_was_learned_under_another_seed_does_not_load(what):
     rewire.convert(mlp(), "fitted(every=2)", seed=2).load_state_dict(dense.state_dict())
 
 
-@every_structure
+def test_every_projection_of_an_attention_says_that_its_seed_is_another():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 6), nn.Linear(4, 5)
+            self.attention = nn.MultiheadAttention(4, 2, kdim=6, vdim=6, batch_first=True)
+
+        def forward(self, x):
+            h, g = torch.tanh(self.a(x)), torch.tanh(self.b(x))
+            return self.head(self.attention(h, g, g)[0])
+
+    saved, other = (rewire.convert(seeded(Attends), "dkp", feedback=LowRank(2), seed=seed) for seed in (1, 2))
+    for model in (saved, other):
+        for step in range(3):
+            model(randn(6, 7, 3, seed=step)).square().mean().backward()
+    with pytest.raises(RuntimeError) as problem:
+        other.load_state_dict(saved.state_dict())
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        assert f"'attention.{name}': what its feedback has learned goes with random numbers of another" in str(
+            problem.value
+        )
+
+
+@of_all
 @every_rule
 def test_verify_alignment_and_restore(rule, structure):
     model = trained(rewire.convert(mlp(), rule, feedback=structure), 5)
@@ -555,7 +579,7 @@ def test_verify_finds_a_q_that_does_not_go_with_what_was_handed_back(monkeypatch
     assert not rewire.verify(model, x, lambda out: F.cross_entropy(out, labels)).ok
 
 
-@every_structure
+@of_all
 def test_for_a_while_by_use_rule(structure):
     model = trained(rewire.convert(mlp(), "dfa", feedback=structure, scale=SCALE), 2)
     before = rewire.feedback(model)["4"].clone()
@@ -568,7 +592,7 @@ def test_for_a_while_by_use_rule(structure):
         assert torch.equal(rewire.feedback(model)["4"], learned)
 
 
-@every_structure
+@of_all
 def test_compiled_models_run_such_layers_outside_of_the_graph(structure):
     models = [trained(rewire.convert(mlp(), "dkp", feedback=structure), 3) for _ in range(2)]
     compiled = torch.compile(models[0], backend="eager")
@@ -586,14 +610,13 @@ def test_compiled_models_run_such_layers_outside_of_the_graph(structure):
 @pytest.mark.parametrize(
     ("structure", "why"),
     [
-        ("shared", "keeps one matrix for all layers"),
         ("seeded", "keeps nothing"),
         (Dense("ternary", dtype=torch.int8), "keeps signs"),
     ],
 )
 def test_what_cannot_learn_says_why_and_what_can(rule, structure, why):
     model = mlp()
-    message = f"layer '0': .*{why}.*'dense', 'channel'.*'sparse', 'lowrank'$"
+    message = f"layer '0': .*{why}.*'dense', 'channel'.*'sparse', 'lowrank', 'shared'$"
     with pytest.raises(rewire.ConversionError, match=message):
         rewire.convert(model, rule, feedback=structure)
     assert type(model[0]) is nn.Linear
@@ -723,5 +746,5 @@ def test_least_squares_of_columns_with_different_numbers_of_entries(most, monkey
 
 
 def test_which_structures_learn():
-    assert {name for name, structure in NAMES.items() if structure.fixed} == {"shared", "seeded"}
-    assert Shared().fixed and Seeded("binary").fixed and not LowRank(3).fixed and not Sparse(nonzeros=1).fixed
+    assert {name for name, structure in NAMES.items() if structure.fixed} == {"seeded"}
+    assert Seeded("binary").fixed and not LowRank(3).fixed and not Sparse(nonzeros=1).fixed and not Shared().fixed
