@@ -184,7 +184,7 @@ def measured(case: Case, device: str, seconds: float) -> Line:
     line["peak_bytes"] = {method: peak_of(step, device) for method, step in steps.items()}
     if seconds:
         timed = {method: step for method, step in steps.items() if method != "bp"}
-        line.update(paired(timed, steps["bp"], seconds, least=3, clock=clock_for(device)))
+        line.update(paired(timed, steps["bp"], seconds, least=2, clock=clock_for(device)))
     return line
 
 
