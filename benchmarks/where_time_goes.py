@@ -1,4 +1,4 @@
-"""Where the time of a step goes, for MLPs, CNNs and transformers: arithmetic, operations, memory, and a profile.
+"""Where the time of a step goes, for MLPs, CNNs and a transformer: arithmetic, operations, memory, and a profile.
 
     python benchmarks/where_time_goes.py
     python benchmarks/where_time_goes.py --models mlp-512 --rules bp dfa --top 15     # operation by operation
@@ -33,7 +33,7 @@ import rewire
 from rewire.diagnose.arithmetic import arithmetic
 
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution_backward", "mkldnn_convolution", "convolution_overrideable")
-MODELS = ["mlp-128", "mlp-2048", "resnet18", "mobilenet", "vit-tiny", "decoder-50k"]
+MODELS = ["mlp-128", "mlp-2048", "resnet18", "mobilenet", "vit-tiny"]
 KINDS = ("products", "other operations", "autograd", "Python and the rest")
 
 
