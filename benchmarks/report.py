@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,6 @@ from rich.table import Table
 Line = dict[str, Any]
 RULES = ("bp", "fa", "frsf", "brsf", "dfa")
 LIBRARIES = {"hand": "by hand", "biotorch": "BioTorch", "tinydfa": "TinyDFA"}
-_ABSENT = {"hand": "–"}
 MISSED = " ✗"
 NOISE = 0.03  # a time per sample that rises by less is taken to be the same
 
@@ -77,7 +77,7 @@ def ratios(lines: list[Line], mode: str) -> Sheet:
         feedback = "" if case.feedback == "dense" else f", feedback={case.feedback}"
         first = [case.title + feedback, str(line["batch"]), "-" if seconds is None else f"{seconds * 1e3:.2f}"]
         sheet.rows.append([*first, *cells, wanted])
-    return _with_missed(sheet)
+    return with_missed(sheet)
 
 
 def batches(lines: list[Line]) -> Sheet:
@@ -119,7 +119,7 @@ def others(lines: list[Line]) -> Sheet:
             cells = [_cell(line, rule, None, sheet)]
             for library in LIBRARIES:
                 who = f"{library}:{rule}"
-                cells.append(_cell(line, who, None, sheet) if who in theirs else _ABSENT.get(library, "no such rule"))
+                cells.append(_cell(line, who, None, sheet) if who in theirs else "–")
             sheet.rows.append([CASES[line["model"]].title, rule, *cells])
     return sheet
 
@@ -134,14 +134,23 @@ def _cell(line: Line, who: str, goal: float | None, sheet: Sheet) -> str:
         if note not in sheet.notes:
             sheet.notes.append(note)
         return "fails"
-    low, middle, high = one["ratio"]
-    # Judged as it is printed: 0.734 meets 0.73.
-    missed = goal is not None and round(middle, 2) > goal
-    return f"{middle:.2f} [{low:.2f} {high:.2f}]{MISSED if missed else ''}"
+    return spread(one["ratio"], goal)
 
 
-def _with_missed(sheet: Sheet) -> Sheet:
-    if any(cell.endswith(MISSED) for row in sheet.rows for cell in row):
+def spread(ratio: Sequence[float], goal: float | None) -> str:
+    """Median and quartiles of a ratio."""
+    low, middle, high = ratio
+    return f"{middle:.2f} [{low:.2f} {high:.2f}]{missed(middle, goal)}"
+
+
+def missed(found: float, goal: float | None) -> str:
+    """The mark of a ratio above its goal. Judged as it is printed: 0.734 meets 0.73."""
+    return MISSED if goal is not None and round(found, 2) > goal else ""
+
+
+def with_missed(sheet: Sheet) -> Sheet:
+    """Say what the mark means, if there is one."""
+    if any(MISSED in text for row in (*sheet.rows, sheet.notes) for text in row):
         sheet.notes.append("✗: above the goal")
     return sheet
 

@@ -104,30 +104,23 @@ _SMOOTH = ("Gelu", "Mish", "Sigmoid", "Silu", "Softplus", "Tanh")
 _NUMBER_BY_NUMBER = frozenset(f"{name}Backward0" for name in (*_IN_PIECES, *_SMOOTH))
 
 
-def may_repeat(x: Tensor) -> bool:
-    """Whether x's gradient may repeat numbers in place of holding them: what reads it next does not mind."""
-    node = x.grad_fn
-    return x.dim() > 2 and node is not None and node.name() in _NUMBER_BY_NUMBER and x.is_contiguous()
-
-
-def _feed(
-    feed: Feed,
-    layout: torch.memory_format,
-    repeat: bool,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor | None:
-    """The feedback of all errors that arrived in this backward pass."""
-    state, rule, errors, index, wall, pick, seen = feed
-    fed = state.hand_back(rule, errors, index, shape, dtype, device, pick, seen)
+def _feed(ctx: Any) -> Tensor | None:
+    """The feedback of all errors that arrived in this backward pass, for the input of a port or probe."""
+    state, rule, errors, index, wall, pick, seen = ctx.feed
+    fed: Tensor | None = state.hand_back(rule, errors, index, *ctx.like, pick, seen)
     if fed is None:
         return None
-    if not (repeat and 0 in fed.stride()):
-        fed = fed.contiguous(memory_format=layout)
+    if not (0 in fed.stride() and _may_repeat(ctx)):
+        fed = fed.contiguous(memory_format=ctx.layout)
     if wall is not None:
         wall.add(fed)
     return fed
+
+
+def _may_repeat(ctx: Any) -> bool:
+    """Whether what reads a port's gradient next does not mind numbers that are there once for many places."""
+    reader = ctx.next_functions[0][0]
+    return len(ctx.like[0]) > 2 and ctx.layout is torch.contiguous_format and reader.name() in _NUMBER_BY_NUMBER
 
 
 class Port(Function):
@@ -139,14 +132,14 @@ class Port(Function):
         ctx.feed = feed
         device = x.device
         ctx.like = (x.shape, x.dtype, device)
-        ctx.lies = laid_out(x), may_repeat(x)
+        ctx.layout = laid_out(x)
         if device not in _tickets:
             _tickets[device] = torch.zeros((), device=device)
         return _tickets[device].detach()
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        return _feed(ctx.feed, *ctx.lies, *ctx.like), None
+        return _feed(ctx), None
 
 
 class Probe(Function):
@@ -162,7 +155,7 @@ class Probe(Function):
         ctx.feed = feed
         ctx.learn = feed[0].exact
         ctx.like = (x.shape, x.dtype, x.device)
-        ctx.lies = laid_out(x), may_repeat(x)
+        ctx.layout = laid_out(x)
         return x.view_as(x)
 
     @staticmethod
@@ -170,7 +163,7 @@ class Probe(Function):
         state, rule, errors, index, _, pick, seen = ctx.feed
         measure = state.needs_scale(rule)
         if not measure and not ctx.learn:
-            return _feed(ctx.feed, *ctx.lies, *ctx.like), None
+            return _feed(ctx), None
         if exact is not None:
             if ctx.learn:
                 state.study(rule, errors, index, exact, pick, seen)

@@ -111,7 +111,7 @@ def project(
         _, route, feedback = last
     else:
         route, feedback = find(state, rule, error, index, shape, signal.shape, dtype, device)
-        if type(feedback) is Tensor:
+        if type(feedback) is Tensor and feedback.is_contiguous():  # so that it is a view, and sees B change
             feedback = feedback.flatten(1)
         state.last = key, route, feedback
         state.mirror = None

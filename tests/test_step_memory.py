@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,3 +50,35 @@ def test_small_feedback_is_made_at_once() -> None:
     assert direct <= backprop + (DEPTH + 1) * one_layer
     backprop, direct, _ = _peaks((256, 64))  # as much as is held at most, and a little more
     assert direct <= backprop + 4 * _HELD
+
+
+class _Tokens(nn.Module):
+    """(N, T, 5) to (N, 3), with ``between`` before the second of three layers."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.lower, self.between = nn.Linear(5, 6), between
+        self.middle, self.head = nn.Linear(6, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.between(self.lower(x))
+        return self.head(self.middle(self.seen).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("between", "repeats"), [(nn.GELU(), True), (nn.ReLU(inplace=True), True), (nn.LayerNorm(6), False)]
+)
+def test_what_is_the_same_for_all_tokens_is_not_written_out(between: nn.Module, repeats: bool) -> None:
+    """Where an activation reads it; a norm or a product would be slow on it. The numbers are those of e B."""
+    torch.manual_seed(0)
+    model, x = rewire.convert(_Tokens(between).double(), "dfa", scale=0.3), torch.randn(4, 8, 5).double()
+    for _ in range(2):
+        out = model(x)
+        arrived: list[Tensor] = []
+        model.seen.register_hook(arrived.append)
+        out.square().sum().backward()
+    (gradient,) = arrived
+    eB = (2 * out.detach().numpy()) @ rewire.feedback(model)["middle"].numpy()
+    np.testing.assert_allclose(gradient.numpy(), np.repeat(eB[:, None], 8, 1), atol=1e-12)
+    assert (gradient.stride(1) == 0) is repeats
+    assert repeats or gradient.is_contiguous()
