@@ -124,21 +124,15 @@ def project(
     elif type(feedback) is Tensor:
         fed = route(signal, feedback)
     else:
-        fed = _through(route, feedback, signal, error, shared)
+        fed = through(route, feedback, signal, error.axis, error.shared if shared is None else shared)
     return fed if fed.dtype is dtype else fed.to(dtype)
 
 
-def _through(
-    route: Route,
-    feedback: Tensor | Feedback,
-    signal: Tensor,
-    error: OutputError,
-    shared: Cache | None,
-) -> Tensor:
-    if isinstance(feedback, Tensor):  # a subclass of Tensor, from a structure of the user's
+def through(route: Route, feedback: Tensor | Feedback, signal: Tensor, axis: int, cache: Cache) -> Tensor:
+    """``signal``, with its features at ``axis``, on its way through whatever kind of B it is."""
+    if isinstance(feedback, Tensor):
         return route(signal, feedback)
-    ready = feedback.prepare(signal, error.axis, error.shared if shared is None else shared)
-    return route.through(ready, feedback)
+    return route.through(feedback.prepare(signal, axis, cache), feedback)
 
 
 def done(state: LayerState, errors: list[OutputError]) -> None:

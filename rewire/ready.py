@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from rewire.layer_feedback import made_for
 from rewire.roles import Role
 from rewire.rules.base import DirectRule, LocalRule
+from rewire.structures import Feedback, Structure
 
 if TYPE_CHECKING:
     from rewire.state import LayerState
@@ -78,25 +81,53 @@ def traceable(state: LayerState) -> bool:
         return state.kind.exchanges and not rule.redraw and state.std is not None
     if isinstance(rule, DirectRule):
         known = state.settled or (state.role is not Role.UNKNOWN and not state.shapes)  # nothing to hand back to
-        return known and state.wiring.skip == "keep" and not rule.needs_targets
+        return known and rule.in_graph() is not None
     return True
+
+
+def _made(state: LayerState, structure: Structure, output: str, index: int) -> Tensor | Feedback | None:
+    """B as the last pass under a rule with this structure needed it."""
+    like = state.kept_as.get((output, index))
+    if like is None:
+        return None
+    if state.structures[output, index] == structure:
+        return made_for(state, output, index, state.shapes[output, index])
+    wanted = (structure, output, index)
+    return next((B for key, B in reversed(state.made.items()) if key[:3] == wanted and key[4:] == like), None)
+
+
+def parts(B: Tensor | Feedback) -> tuple[Tensor, ...] | None:
+    """The tensors of which a graph can have B; None if it cannot."""
+    return (B,) if isinstance(B, Tensor) else B.tensors()
+
+
+def given(made: Iterable[Tensor | Feedback], tensors: Iterable[Tensor]) -> list[Tensor | Feedback]:
+    """What was ``made``, of ``tensors`` in place of its own: those that stand for them in a graph."""
+    those = iter(tensors)
+    return [
+        next(those) if isinstance(B, Tensor) else B.of(*itertools.islice(those, len(B.tensors() or ()))) for B in made
+    ]
 
 
 def _prepare(state: LayerState) -> None:
     """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
     rule = state.rule
-    state.fixed, state.fixed_outputs, state.plain = (), (), True
+    state.fixed, state.fixed_as, state.fixed_outputs, state.plain = (), (), (), True
     if isinstance(rule, DirectRule) and not rule.silent:
         structure = state.structure(rule)
-        known = all(place in state.kept_as for place in state.shapes) and not (state.fed and not state.shapes)
-        if not known or any(other != structure for other in state.structures.values()):
+        found = {place: _made(state, structure, *place) for place in state.shapes}
+        Bs = {place: B for place, B in found.items() if B is not None}
+        if len(Bs) < len(found) or (state.fed and not found):
             state.plain = False  # no pass of this process has shown yet what B is to be like
             return
-        Bs = {place: made_for(state, *place, shape) for place, shape in state.shapes.items()}
-        state.fixed_outputs = tuple(dict.fromkeys(output for output, _ in Bs))
-        places = [(output, index) for index in sorted({i for _, i in Bs}) for output in state.fixed_outputs]
-        state.fixed = tuple(B for place in places if isinstance(B := Bs.get(place), Tensor))
-        state.plain = len(state.fixed) == len(places)
+        outputs = tuple(dict.fromkeys(output for output, _ in Bs))
+        places = [(output, index) for index in sorted({i for _, i in Bs}) for output in outputs]
+        tensors = [parts(Bs[place]) if place in Bs else None for place in places]
+        if None in tensors:
+            state.plain = False
+            return
+        state.fixed_outputs, state.fixed_as = outputs, tuple(Bs[place] for place in places)
+        state.fixed = tuple(t for of_one in tensors if of_one is not None for t in of_one)
     elif isinstance(rule, LocalRule) and rule.random and not rule.redraw:
         if state.random_as is not None:
             state.fixed = (state.random(rule, *state.random_as),)

@@ -66,11 +66,12 @@ class LayerState:
         hold: up to how many numbers the join hands back itself, with all other layers' (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
-        plain: its feedback is there, and plain tensors, which is what such a graph can be given.
+        plain: its feedback is there, and made of plain tensors, which is what such a graph can be given.
         in_graph: its calls are, as are those of the layers it passes errors to and from.
         joins_traced: its output is joined to the pass there.
         fed: an input of it was seen to require a gradient.
-        fixed: the feedback that graph is given; for direct rules, for each input one B for each of ``fixed_outputs``.
+        fixed: the feedback that graph is given; for direct rules, what ``fixed_as`` is made of.
+        fixed_as: for each input one B for each of ``fixed_outputs``, output layers.
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
         random_as: shape, dtype and device of R, as the last pass needed it.
         exact: for feedback that learns: what is handed back now is backprop's own gradient.
@@ -131,6 +132,7 @@ class LayerState:
         self.fed = False
         self.in_graph = False
         self.fixed: tuple[Tensor, ...] = ()
+        self.fixed_as: tuple[Tensor | Feedback, ...] = ()
         self.fixed_outputs: tuple[str, ...] = ()
         self.random_as: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self.exact = False
@@ -164,6 +166,7 @@ class LayerState:
             "last": None,
             "mirror": None,
             "fixed": (),
+            "fixed_as": (),
             "local": None,
             "observer": None,
             "busy": set(),

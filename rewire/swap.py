@@ -156,8 +156,8 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
 _disable: Callable[..., Any] = torch.compiler.disable
 _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
-    "the first compiled one: it finds the output layers and measures scales. Not compiled at all: skip='cut', drtp, "
-    "brsf, feedback that learns or is no plain tensor, nn.MultiheadAttention, weights that other modules use, "
+    "the first compiled one: it finds the output layers and measures scales. Not compiled at all: brsf, feedback "
+    "that learns or does not say of which tensors it is made, nn.MultiheadAttention, weights that other modules use, "
     "on_nonfinite"
 )
 _outside_of_compile: Callable[..., Any] = _disable(traced.outside, reason=_why)

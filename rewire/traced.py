@@ -12,6 +12,7 @@ is handed in as a tensor: then nothing is frozen into the graph that training ch
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,39 +24,54 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire import ready
 from rewire.distributed import in_parallel_forward
-from rewire.edges import alias, check
+from rewire.edges import Wall, alias, check, wall_at
 from rewire.errors import PassError
 from rewire.exchange import exchange
+from rewire.handback import through
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.passes import Call, OutputError, leave, metadata, upstream
+from rewire.ready import given, parts
 from rewire.roles import Role
-from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LocalRule
+from rewire.rules.direct import given_in_graph
 from rewire.run import run
 from rewire.state import LayerState
+from rewire.structures import Feedback
+from rewire.ways import heard, plan
 from rewire.wiring import conversions
 
 _ERRORS = "rewire.errors"
 
 
 class _Port(Function):
-    """x, B of each output layer -> ticket; as :class:`rewire.edges.Port`."""
+    """x, what B of each output layer is made of -> ticket; as :class:`rewire.edges.Port`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, state: LayerState, rule: DirectRule, errors: list[OutputError], *fixed: Any
-    ) -> Any:
-        names, matrices = fixed[: len(fixed) // 2], fixed[len(fixed) // 2 :]
+        ctx: Any,
+        x: Tensor,
+        state: LayerState,
+        rule: DirectRule,
+        errors: list[OutputError],
+        wall: Wall | None,
+        fixed_as: dict[str, Tensor | Feedback],
+        *fixed: Tensor,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.feed = state, rule, errors, dict(zip(names, range(len(names)), strict=True))
-        ctx.like = x.shape, x.dtype
-        ctx.save_for_backward(*matrices)
+        ctx.feed = state, rule, errors, wall, fixed_as
+        ctx.like = x.shape, x.dtype, x.device
+        ctx.save_for_backward(*fixed)
         return x.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        state, rule, errors, places = ctx.feed
-        shape, dtype = ctx.like
+        state, rule, errors, wall, fixed_as = ctx.feed
+        shape, dtype, device = ctx.like
+        structure = state.structure(rule)
+        # x may be on another device, or of another dtype, than in the pass that made B.
+        kept = structure.dtype or dtype
+        tensors = [t.to(device=device, dtype=kept if t.is_floating_point() else t.dtype) for t in ctx.saved_tensors]
+        Bs = dict(zip(fixed_as, given(fixed_as.values(), tensors), strict=True))
         total: Tensor | None = None
         for error in errors:
             if error.error is None or not error.here():
@@ -64,25 +80,16 @@ class _Port(Function):
             if rule.silent:
                 fed = signal.new_zeros(shape, dtype=dtype)
             else:
-                if error.state.name not in places:
+                B = Bs.get(error.state.name)
+                if B is None:
                     raise PassError(f"layer {state.label} has no feedback yet: run one ordinary training step first")
-                B = ctx.saved_tensors[places[error.state.name]]
-                above = error.state.rule
-                route = route_to(
-                    tuple(shape),
-                    state.kind.axis(len(shape)),
-                    tuple(signal.shape),
-                    error.axis,
-                    structure=state.structure(rule).routing,
-                    layout=rule.layout,
-                    e_layout=above.layout if isinstance(above, DirectRule) else rule.layout,
-                    seen=state.order,
-                    stacked=state.stacked,
-                    hint=state.layout,
-                )
-                fed = route(signal, B.to(device=signal.device, dtype=dtype)).to(dtype).contiguous()
+                route = plan(state, rule, error, shape, heard(B, signal.shape, error.axis), structure.routing)
+                # What layers share, such as e P, each makes for itself here: the compiler does the same work only once.
+                fed = through(route, B, signal, error.axis, {}).to(dtype).contiguous()
             total = fed if total is None else total + fed
-        return (total, None, None, None, *(None,) * (2 * len(places)))
+        if wall is not None and total is not None:
+            wall.add(total)
+        return (total, None, None, None, None, None, *(None,) * len(tensors))
 
 
 class _Join(Function):
@@ -120,23 +127,28 @@ class _Given(BackwardWeight):
 # -- functions that Dynamo takes into the graph as they are ----------------------------------------------
 
 
-def _opened(key: int, name: str, rule: str, outputs: tuple[str, ...], count: int, *tensors: Tensor) -> list[Tensor]:
+def _opened(
+    key: int, name: str, written: str, outputs: tuple[str, ...], walls: tuple[bool, ...], *tensors: Tensor
+) -> list[Tensor]:
     """Ports at the inputs of one call.
 
     Args:
-        rule: how the rule is written; here only so that another rule makes another graph.
+        written: the rule as it is written; here only so that another rule makes another graph.
         outputs: output layers that the feedback is for.
-        tensors: ``count`` inputs, then for each of them a B for each output layer.
+        walls: for each input, whether it is to be a wall (``skip="cut"``).
+        tensors: the inputs, then what is made of for each of them a B for each output layer.
     """
     state = conversions[key].layers[name]
-    assert isinstance(state.rule, DirectRule)
+    rule = state.rule.in_graph() if isinstance(state.rule, DirectRule) else None
+    assert rule is not None
     errors: list[OutputError] = []
     port: Callable[..., Tensor] = _Port.apply
     tickets = []
-    for i, x in enumerate(tensors[:count]):
-        start = count + i * len(outputs)
-        fixed = tensors[start : start + len(outputs)]
-        ticket = port(x, state, state.rule, errors, *(outputs if fixed else ()), *fixed)
+    fixed = iter(tensors[len(walls) :])
+    for i, x in enumerate(tensors[: len(walls)]):
+        of_one = dict(zip(outputs, state.fixed_as[i * len(outputs) :]))  # noqa: B905
+        own = [t for B in of_one.values() for t in itertools.islice(fixed, len(parts(B) or ()))]
+        ticket = port(x, state, rule, errors, wall_at(x) if walls[i] else None, of_one, *own)
         if ticket.grad_fn is not None:
             metadata(ticket.grad_fn)[_ERRORS] = errors
         tickets.append(ticket)
@@ -162,6 +174,8 @@ def _joined(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Ten
     state = call.state
     error = OutputError(state, state.kind.axis(y.dim()), None)
     feeders = upstream(call.sources, state.wiring)
+    if any(isinstance(f.state.rule, DirectRule) and f.state.rule.needs_targets for f in (call, *feeders)):
+        error.targets = given_in_graph(y, error.axis)
     tickets: list[Tensor] = []
     for feeder in [call, *feeders]:
         feeder.errors.append(error)
@@ -294,8 +308,9 @@ def call(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwar
     tickets: list[Tensor] = []
     if isinstance(rule, DirectRule):
         if inputs:
-            fixed = state.fixed_outputs, len(inputs)
-            tickets = _opened(key, state.name, state.written, *fixed, *inputs, *state.fixed)
+            # As in eager mode a leaf has none. To the graph itself all its inputs look alike.
+            walls = tuple([state.wiring.skip == "cut" and not x.is_leaf for x in inputs])
+            tickets = _opened(key, state.name, state.written, state.fixed_outputs, walls, *inputs, *state.fixed)
         args, kwargs = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
         y = forward(module, *args, **kwargs)
     else:

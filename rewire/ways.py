@@ -127,7 +127,13 @@ def _route(
     if feedback is None:
         feedback = state.made[key] = B_of(state, *key)
     if isinstance(feedback, Feedback) and feedback.width != needed[0]:
-        features = error.axis % len(e_shape)
-        e_shape = torch.Size([*e_shape[:features], feedback.width, *e_shape[features + 1 :]])
-        route = plan(state, rule, error, shape, e_shape, structure.routing)
+        route = plan(state, rule, error, shape, heard(feedback, e_shape, error.axis), structure.routing)
     return route, feedback, needed
+
+
+def heard(feedback: Tensor | Feedback, e_shape: torch.Size, axis: int) -> torch.Size:
+    """Shape of what ``feedback`` multiplies in place of a signal of ``e_shape``, whose features are at ``axis``."""
+    if isinstance(feedback, Tensor):
+        return e_shape
+    features = axis % len(e_shape)
+    return torch.Size([*e_shape[:features], feedback.width, *e_shape[features + 1 :]])

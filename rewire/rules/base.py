@@ -225,6 +225,14 @@ class DirectRule(Rule):
         """
         raise NotImplementedError
 
+    def in_graph(self) -> DirectRule | None:
+        """The rule as a compiled graph can have it; None: its layers are graph breaks.
+
+        That is the rule itself where :meth:`signal` does nothing but compute with e. Targets given in the forward, and
+        numbers that Python looks at, are there when a graph is run, but not when it is made.
+        """
+        return None if self.needs_targets else self
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rewire.errors import PassError
 from rewire.rules.base import DirectRule, register_rule
+from rewire.targets import current_targets
 
 
 @register_rule("dfa")
@@ -41,24 +46,69 @@ class DRTP(DirectRule):
     needs_targets = True
 
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
-        if targets is None:
-            return _targets_from_sign(error, axis)
-        if targets.is_floating_point() and targets.shape == error.shape:
-            return targets.to(error.dtype)
-        classes = error.shape[axis]
-        expected = tuple(n for i, n in enumerate(error.shape) if i != axis % error.dim())
-        if targets.is_floating_point() or targets.numel() != error.numel() // classes:
-            raise PassError(
-                f"drtp: targets of shape {tuple(targets.shape)} and dtype {targets.dtype} do not fit the output "
-                f"error of shape {tuple(error.shape)}: give class indices of shape {expected}, or floating "
-                f"targets of shape {tuple(error.shape)}"
-            )
-        index = targets.reshape(expected)
-        if not _transforming() and int(index.max()) >= classes:
-            raise PassError(f"drtp: target {int(index.max())} is out of range for {classes} outputs")
-        numbers = torch.arange(classes, device=error.device)
-        # A negative index (the usual ignore_index) equals no class: that row has no target.
-        return (index.unsqueeze(-1) == numbers).movedim(-1, axis).to(error.dtype)
+        return _targets_from_sign(error, axis) if targets is None else _as_errors(targets, error, axis)
+
+    def in_graph(self) -> DirectRule:
+        return _InGraph(layout=self.layout, feedback=self.feedback)
+
+
+class _InGraph(DRTP):
+    """:class:`DRTP` in a compiled graph, where targets come from :func:`given_in_graph`."""
+
+    def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+        return _operations()[1](error, targets, axis)
+
+
+def given_in_graph(y: Tensor, axis: int) -> Tensor:
+    """An operation of a graph: y*, of the output's shape, if targets are given when the graph runs; else NaNs.
+
+    Args:
+        axis: the dimension of y with the n output features.
+    """
+    return _operations()[0](y.detach(), axis)
+
+
+@functools.cache
+def _operations() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """What looks at targets, and at numbers, each as one operation of PyTorch's."""
+
+    def given(y: Tensor, axis: int) -> Tensor:
+        targets = current_targets()
+        none = torch.full_like(y, torch.nan)
+        return none if targets is None else none.copy_(_as_errors(targets, y, axis))
+
+    def signal(error: Tensor, given: Tensor, axis: int) -> Tensor:
+        is_given = given.numel() > 0 and not bool(given.flatten()[0].isnan())
+        found = given if is_given else _targets_from_sign(error, axis)
+        return torch.empty_like(error).copy_(found)
+
+    made: list[Any] = [
+        torch.library.custom_op("rewire::given_targets", given, mutates_args=()),
+        torch.library.custom_op("rewire::target_signal", signal, mutates_args=()),
+    ]
+    for operation in made:
+        operation.register_fake(lambda like, *_: torch.empty_like(like))
+    return made[0], made[1]
+
+
+def _as_errors(targets: Tensor, error: Tensor, axis: int) -> Tensor:
+    """y*, of the shape and dtype of the output error."""
+    if targets.is_floating_point() and targets.shape == error.shape:
+        return targets.to(error.dtype)
+    classes = error.shape[axis]
+    expected = tuple(n for i, n in enumerate(error.shape) if i != axis % error.dim())
+    if targets.is_floating_point() or targets.numel() != error.numel() // classes:
+        raise PassError(
+            f"drtp: targets of shape {tuple(targets.shape)} and dtype {targets.dtype} do not fit the output "
+            f"error of shape {tuple(error.shape)}: give class indices of shape {expected}, or floating "
+            f"targets of shape {tuple(error.shape)}"
+        )
+    index = targets.reshape(expected)
+    if not _transforming() and int(index.max()) >= classes:
+        raise PassError(f"drtp: target {int(index.max())} is out of range for {classes} outputs")
+    numbers = torch.arange(classes, device=error.device)
+    # A negative index (the usual ignore_index) equals no class: that row has no target.
+    return (index.unsqueeze(-1) == numbers).movedim(-1, axis).to(error.dtype)
 
 
 def _transforming() -> bool:

@@ -92,6 +92,16 @@ class Feedback:
         """The equivalent B, of shape (n, ...); a new tensor."""
         raise NotImplementedError
 
+    # -- for compiled graphs, which are given tensors --------------------------------------------
+
+    def tensors(self) -> tuple[Tensor, ...] | None:
+        """What it multiplies with; None: it cannot be part of a compiled graph."""
+        return None
+
+    def of(self, *tensors: Tensor) -> Feedback:
+        """The same B, with others in place of :meth:`tensors`: in a graph, what stands for them there."""
+        raise NotImplementedError
+
     # -- for rules that learn; what each layer keeps for itself is called own ----------------------
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -81,6 +82,14 @@ class Signs(Feedback):
         self.a = unit * place.scale
         self.dtype = place.dtype
         self.width = place.shape[0]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.signs,)
+
+    def of(self, *tensors: Tensor) -> Feedback:
+        made = copy(self)
+        (made.signs,) = tensors
+        return made
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows @ self.signs.flatten(1).to(rows.dtype) * self.a

@@ -106,6 +106,13 @@ class Product(Feedback):
         self.dtype = q.dtype
         self.width = q.shape[0]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.squeeze.p, self.q
+
+    def of(self, *tensors: Tensor) -> Feedback:
+        p, q = tensors
+        return Product(Squeeze(p), q)
+
     @property
     def own(self) -> Tensor:
         return self.q

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,13 +52,18 @@ class Seeded(Structure):
 
 
 class Tiles(Feedback):
-    """What a B is made from."""
+    """What a B is made from.
+
+    Attributes:
+        inside: of a compiled graph, to which drawing it is one operation.
+    """
 
     def __init__(self, distribution: str, dtype: torch.dtype, place: Place) -> None:
         self.distribution = distribution
         self.seed, self.name, self.shape, self.scale = place.seed, place.name, place.shape, place.scale
         self.dtype, self.device = dtype, place.device
         self.width = place.shape[0]
+        self.inside = False
 
     def _tiles(self) -> Iterator[tuple[int, Tensor]]:
         """(start, entries) of B in C order, flattened."""
@@ -71,6 +78,9 @@ class Tiles(Feedback):
             yield start, tensor(numbers).mul_(self.scale).to(device=self.device, dtype=self.dtype)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        if self.inside:
+            drawn = operation()
+            return drawn(rows, list(self.shape), str(self.seed), self.name, self.distribution, self.scale)
         columns = features(self.shape)
         out = rows.new_zeros(rows.shape[0], columns)
         batched = torch._C._are_functorch_transforms_active()  # addmm_ has no batching rule
@@ -84,9 +94,37 @@ class Tiles(Feedback):
                     part.addmm_(heard, block)
         return out
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def of(self, *tensors: Tensor) -> Feedback:
+        made = copy(self)
+        made.inside = True
+        return made
+
     def dense(self) -> Tensor:
         unit = standard(self.shape, seed=self.seed, name=self.name, distribution=self.distribution)
         return (unit * self.scale).to(device=self.device, dtype=self.dtype)
+
+
+@functools.cache
+def operation() -> Callable[..., Tensor]:
+    """:meth:`Tiles.__call__` as an operation of PyTorch's, so that a graph can have it."""
+
+    def drawn(rows: Tensor, shape: list[int], seed: str, name: str, distribution: str, scale: float) -> Tensor:
+        """rows: (M, n) -> (M, features)."""
+        place = Place(int(seed), name, "", tuple(shape), scale, rows.dtype, rows.device, {})
+        return Tiles(distribution, rows.dtype, place)(rows)
+
+    made: Any = torch.library.custom_op(
+        "rewire::seeded",
+        drawn,
+        mutates_args=(),
+        schema="(Tensor rows, int[] shape, str seed, str name, str distribution, float scale) -> Tensor",
+    )
+    made.register_fake(lambda rows, shape, *_: rows.new_empty(rows.shape[0], features(tuple(shape))))
+    called: Callable[..., Tensor] = made
+    return called
 
 
 def blocks(start: int, tile: Tensor, columns: int) -> Iterator[tuple[int, int, Tensor]]:

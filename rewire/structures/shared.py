@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
@@ -132,6 +133,14 @@ class Slice(Feedback):
         if found is None or found[0] is not signal or found[1].shape[axis] < self.width:
             found = cache[key] = (signal, self.matrix(signal, axis))
         return found[1].narrow(axis, 0, self.width)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.matrix.columns,)
+
+    def of(self, *tensors: Tensor) -> Feedback:
+        matrix = copy(self.matrix)
+        (matrix.columns,) = tensors
+        return Slice(matrix, self.shape, self.scale)
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows * self.scale

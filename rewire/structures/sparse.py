@@ -145,6 +145,13 @@ class Gathered(Feedback):
         self.dtype = values.dtype
         self.width = shape[0]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.rows, self.values
+
+    def of(self, *tensors: Tensor) -> Feedback:
+        rows, values = tensors
+        return Gathered(Lanes(values.dtype), rows, values, self.shape)
+
     @property
     def own(self) -> Tensor:
         return self.values
