@@ -16,7 +16,9 @@ own and no gradient flows from its output to its input. What x gets instead come
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rewire.errors import PassError
+from rewire.nodes import Node
 from rewire.passes import Call, OutputError, metadata
 from rewire.picks import Pick
 from rewire.structures.base import Cache
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
 
 
+_backward_id: Callable[[], int] = torch._C._current_graph_task_id
 _graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -304,6 +308,39 @@ project: Callable[..., Tensor] = Project.apply
 carry: Callable[..., Tensor] = Carry.apply
 
 
+_HOOK = "rewire"  # not a number, as the keys of all other hooks are
+
+
+def hook(y: Tensor, node: Node, look: Callable[[Tensor | None], None]) -> dict[Any, Any]:
+    """``y.register_hook(look)`` without the handle, which takes longer to make than all the rest of it.
+
+    Args:
+        node: that made y.
+
+    Returns:
+        The hooks of y.
+    """
+    hooks: Any = y._backward_hooks
+    if hooks is None:
+        y._backward_hooks = hooks = OrderedDict()
+        node._register_hook_dict(y)
+    hooks[_HOOK] = look
+    return hooks  # type: ignore[no-any-return]
+
+
+def guard(y: Tensor, node: Node, call: Call) -> None:
+    """Have :func:`check` look at the gradient of y, the output of a hidden layer's ``call``."""
+    # What y holds must not hold the call, which holds the hooks: a forward without a backward would stay in memory.
+    call.guard = hook(y, node, partial(_check, call.state, call.errors, _backward_id() != -1))
+
+
+def unguard(call: Call) -> None:
+    """An output error is sure to come: nothing to look at in the backward."""
+    if call.guard is not None:
+        call.guard.pop(_HOOK, None)
+        call.guard = None
+
+
 def check(call: Call, nested: bool, gradients: Sequence[Tensor | None]) -> None:
     """Hook of the node of a hidden layer's output: a gradient there, but no output error to come, is an error.
 
@@ -311,12 +348,17 @@ def check(call: Call, nested: bool, gradients: Sequence[Tensor | None]) -> None:
         nested: the call was made inside a backward pass.
         gradients: what arrived at the output.
     """
-    if call.errors and not nested:
+    for gradient in gradients:
+        _check(call.state, call.errors, nested, gradient)
+
+
+def _check(state: LayerState, errors: list[OutputError], nested: bool, gradient: Tensor | None) -> None:
+    if errors and not nested:
         return
     if nested:
-        raise PassError(reentrant_message(call.state.label))
-    if any(g is not None for g in gradients):
-        label, name, wiring = call.state.label, call.state.name, call.state.wiring
+        raise PassError(reentrant_message(state.label))
+    if gradient is not None:
+        label, name, wiring = state.label, state.name, state.wiring
         raise PassError(
             f"layer {label} got a gradient, but no output error can reach it: its output went to the loss without "
             f"passing output layer {wiring.outputs_label()}. Call the whole model; or name every layer the loss "

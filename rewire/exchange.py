@@ -57,6 +57,23 @@ def exchange(y: Tensor, backward: BackwardWeight, *, transposed: bool) -> bool:
     return False
 
 
+def swapped(x: Tensor, kept: Tensor, bias: Tensor, B: Tensor) -> Tensor:
+    """``x kept + bias``, an operation that hands back δ Bᵀ: :func:`exchange` for a small layer, where hooks are felt.
+
+    The product keeps ``kept``, the very tensor, which nobody else has. So its numbers can be exchanged afterwards. As
+    under backprop, and other than with hooks, the weight may not change before the backward.
+
+    Args:
+        x: (N, inputs).
+        kept: the weight, transposed, as a tensor made for this call: (inputs, outputs).
+        bias: (outputs,).
+        B: of the shape, dtype and device of ``kept``.
+    """
+    y = torch.addmm(bias, x, kept)
+    kept.data = B
+    return y
+
+
 def exchange_within(
     outputs: list[Tensor],
     inputs: list[Tensor],

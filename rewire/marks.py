@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.bypass import direct_uses
-from rewire.edges import alias, check, join, port
+from rewire.edges import alias, check, guard, join, port, unguard
 from rewire.nodes import Node
 from rewire.passes import (
     Call,
@@ -68,7 +68,10 @@ def mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
         leave(node, call)
         if call.tickets and not joins:
             # Some microseconds in each call: a layer that no error can reach must not go unnoticed, not once.
-            node.register_prehook(partial(check, call, backward_id() != -1))
+            if type(y) is Tensor and call.guard is None:
+                guard(y, node, call)
+            else:  # more than one output, or of a kind that hooks may mean something else to
+                node.register_prehook(partial(check, call, backward_id() != -1))
     return y
 
 
@@ -91,10 +94,13 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     fed: list[Call] = []
     to_hold: list[Call] = []
     shape = y.shape
+    nested = backward_id() != -1
     plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2  # not len(y): slow, and once a layer
     for feeder in (call, *feeders):
         arrives = others.get(feeder, error)
         feeder.errors.append(arrives)
+        if not nested:
+            unguard(feeder)
         for lower in feeder.own:
             lower.above.append(error)
         if feeder.mirrored is not None:
@@ -117,7 +123,6 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
         return y
     call.own.append(error)
     call.feeders = feeders
-    nested = backward_id() != -1
     joined = join(y, state, error, nested, fed, to_hold, *tickets, *mirrored, *held)
     if stream is not None:
         stream.joined(error, joined)

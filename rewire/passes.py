@@ -181,6 +181,7 @@ class Call:
         pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
+        guard: hooks of its output, :func:`rewire.edges.check` among them until an output error is sure to come.
         mirrored: (x, rule, B), if the ticket is x Bᵀ, or if there is none and the join itself hands e B to x. Let go in
             the backward that frees the graph.
     """
@@ -188,6 +189,7 @@ class Call:
     __slots__ = (
         "errors",
         "feeders",
+        "guard",
         "index",
         "inputs",
         "mirrored",
@@ -217,6 +219,7 @@ class Call:
         self.pick: Pick | None = None
         self.inputs: list[Tensor] = []
         self.index = 0
+        self.guard: dict[Any, Any] | None = None
         self.mirrored: tuple[Tensor, DirectRule, Tensor] | None = None
 
 

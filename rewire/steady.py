@@ -5,7 +5,7 @@ Everything that is special about a call sends it back to :func:`rewire.run.run`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from rewire.edges import check, port
-from rewire.exchange import exchange, exchangeable
+from rewire.edges import guard, hook, port
+from rewire.exchange import exchange, exchangeable, swapped
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.local_weights import LocalWeight, local_weight
 from rewire.marks import finish, mark, mark_all
@@ -59,7 +59,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         return mark(state, call, y, joins=False) if isinstance(y, Tensor) else mark_all(state, call, y, joins=False)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
-    made.register_prehook(partial(check, call, _backward_id() != -1))  # type: ignore[union-attr]
+    guard(y, made, call)  # type: ignore[arg-type]
     return y
 
 
@@ -89,12 +89,29 @@ def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tens
     """:func:`run` for a hidden layer under a local rule whose operation's weight can be exchanged."""
     if state.wiring.unsettled or not exchangeable():
         return run(state, module, forward, (x,), {})
+    y = _exchanged(state, module, forward, x)
+    return run(state, module, forward, (x,), {}) if y is None else y
+
+
+def _exchanged(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+    """The layer's output, B being where its operation keeps its weight; None if that cannot be."""
+    B = state.swap
+    if B is not None and x.requires_grad and x.dim() == 2 and not _autocast():
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is not None and bias is not None:
+            kept = weight.t()
+            if kept.dtype is B.dtype and kept.shape == B.shape and kept.device == B.device:
+                return swapped(x, kept, bias, B)
     y = forward(module, x)
     if not x.requires_grad:
         return y
-    if exchange(y, _weight_of(state), transposed=state.kind.transposed):
-        return y
-    return run(state, module, forward, (x,), {})
+    backward = _weight_of(state)
+    if not exchange(y, backward, transposed=state.kind.transposed):
+        return None
+    hooks = backward.exchange
+    if hooks is not None and hooks.turned and vars(type(module)).get("_rewired_from") is nn.Linear:
+        state.swap = hooks.fixed
+    return y
 
 
 def _weight_of(state: LayerState) -> BackwardWeight:
@@ -128,10 +145,8 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
         return run(state, module, forward, (x,), {})
     if _backward_id() != -1:
         return run(state, module, forward, (x,), {})
-    y = forward(module, x)
+    y = _exchanged(state, module, forward, x)
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
-        return run(state, module, forward, (x,), {})
-    if x.requires_grad and not exchange(y, _weight_of(state), transposed=state.kind.transposed):
         return run(state, module, forward, (x,), {})
     state.called = True
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
@@ -140,14 +155,14 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
     call.own.append(error)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
-    made.register_prehook(partial(_arrived, error))  # type: ignore[union-attr]
+    hook(y, made, partial(_arrived, error))  # type: ignore[arg-type]
     return y
 
 
-def _arrived(error: OutputError, gradients: Sequence[Tensor | None]) -> None:
-    """Hook of the node of an output layer's output."""
-    if gradients[0] is not None:
-        error.state.wiring.error_reached(error.state, error, gradients[0])
+def _arrived(error: OutputError, gradient: Tensor | None) -> None:
+    """Hook of an output layer's output."""
+    if gradient is not None:
+        error.state.wiring.error_reached(error.state, error, gradient)
 
 
 Steady = Callable[[LayerState, nn.Module, Forward, Tensor], Any]
