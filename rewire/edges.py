@@ -106,6 +106,8 @@ def laid_out(x: Tensor) -> torch.memory_format:
 _IN_PIECES = ("Elu", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "Relu")
 _SMOOTH = ("Gelu", "Mish", "Sigmoid", "Silu", "Softplus", "Tanh")
 _NUMBER_BY_NUMBER = frozenset(f"{name}Backward0" for name in (*_IN_PIECES, *_SMOOTH))
+# And one that writes them out in full itself.
+READ_REPEATED = _NUMBER_BY_NUMBER | {"NativeLayerNormBackward0"}
 
 
 def _feed(ctx: Any) -> Tensor | None:
@@ -205,7 +207,7 @@ class Join(Function):
         ctx.tickets = len(tickets) - len(mirrored) - len(held)
         if mirrored or held:
             ctx.rules = [call.mirrored[1] for call in mirrored if call.mirrored is not None]
-            ctx.held = [call.mirrored[1:] for call in held if call.mirrored is not None]
+            ctx.held = [(x.shape, rule, B) for x, rule, B in (c.mirrored for c in held if c.mirrored is not None)]
         ctx.calls = [*mirrored, *held]
         # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
         # place is allowed or refused exactly as for y itself.
@@ -221,13 +223,18 @@ class Join(Function):
             if ctx.state.wiring.error_reached(ctx.state, error, gradient):
                 if ctx.calls:
                     mirrored = [error.signal(rule) for rule in ctx.rules]
-                    mirrored += [error.signal(rule) @ B for rule, B in ctx.held]
+                    mirrored += [_spread(error.signal(rule) @ B, shape) for shape, rule, B in ctx.held]
                     if not _graph_is_kept():
                         for call in ctx.calls:  # x need not outlive its own layer's backward
                             call.mirrored = None
                             call.tickets = []
                 error.let_go()
         return (gradient, None, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
+
+
+def _spread(fed: Tensor, shape: torch.Size) -> Tensor:
+    """(N, features) as (N, features) or (N, positions..., features): the same at all positions."""
+    return fed if len(shape) == 2 else fed.view(shape[0], *(1,) * (len(shape) - 2), shape[-1]).expand(shape)
 
 
 class Project(Function):

@@ -5,14 +5,12 @@ Runs in the backward of every call, so these are methods of :class:`~rewire.stat
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rewire import learning
-from rewire.roles import Role
 from rewire.routing import Route
 from rewire.rules.base import DirectRule
 from rewire.structures import Feedback
@@ -114,11 +112,12 @@ def project(
         if type(feedback) is Tensor and feedback.is_contiguous():  # so that it is a view, and sees B change
             feedback = feedback.flatten(1)
         state.last = key, route, feedback
-        state.mirror = None
-        if route.plain and len(state.wiring.outputs) == 1 and type(feedback) is Tensor:
+        state.mirror, state.repeats = None, route.repeats
+        if (route.plain or route.repeats) and len(state.wiring.outputs) == 1 and type(feedback) is Tensor:
             state.mirror = feedback if feedback.shape[0] <= _SMALL else None
-            # An output layer's feedback is what the backward goes on with: it never waits.
-            state.hold = sys.maxsize if state.role is Role.OUTPUT else _HELD // len(state.wiring.layers)
+            wiring, columns = state.wiring, feedback.shape[1]
+            wiring.held += columns - state.held
+            wiring.held_rows, state.held = _HELD // max(wiring.held, 1), columns
     if given is not None:
         fed = route(signal, given)
     elif type(feedback) is Tensor:

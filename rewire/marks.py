@@ -66,7 +66,7 @@ def mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     node = y.grad_fn
     if node is not None:
         leave(node, call)
-        if call.tickets and not joins:
+        if (call.tickets or call.mirrored is not None) and not joins:
             # Some microseconds in each call: a layer that no error can reach must not go unnoticed, not once.
             if type(y) is Tensor and call.guard is None:
                 guard(y, node, call)

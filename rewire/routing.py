@@ -64,6 +64,7 @@ class Route:
         common: that guess is about e, and the same for all layers below.
         reading: what the shapes show clearly about the order of dimensions; None if nothing.
         plain: e and x are both (N, features), so that ``before`` and ``after`` do nothing.
+        repeats: e is (N, n), and x (N, positions..., features) is handed back the same e B at all positions.
         runs: each row that ``before`` gives belongs to a run of rows of x, all runs of the same length, once rows of x
             that are ``behind`` one another have been put in order.
         behind: (k, N) where x's rows are k times N, each of the k having a part of all N samples; None: nothing to do.
@@ -77,6 +78,7 @@ class Route:
     common: bool = False
     reading: Reading | None = None
     plain: bool = False
+    repeats: bool = False
     runs: bool = True
     behind: tuple[int, int] | None = None
 
@@ -187,7 +189,8 @@ def plan(
         )
     if route.ambiguous is not None and layout == "batch_first":
         route = replace(route, ambiguous=None)  # said to be so
-    return replace(route, ambiguous=ambiguous or route.ambiguous, reading=reading if clear else None)
+    repeats = route.kind == "broadcast" and not (swap_x or swap_e or x.first) and len(e.shape) == 2
+    return replace(route, ambiguous=ambiguous or route.ambiguous, reading=reading if clear else None, repeats=repeats)
 
 
 def route_to(x_shape: Shape, x_axis: int, e_shape: Shape, e_axis: int, *, hint: str | None, **options: Any) -> Route:

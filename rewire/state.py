@@ -64,7 +64,8 @@ class LayerState:
         called: as an output layer on the short way, since an error last arrived.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.steady.steady_direct` uses it.
         swap: B, transposed, if it is fixed and the layer a plain ``nn.Linear``: for :func:`rewire.exchange.swapped`.
-        hold: up to how many numbers the join hands back itself, with all other layers' (:class:`rewire.edges.Join`).
+        repeats: that is of inputs (N, positions..., features), the same at all positions.
+        held: how many numbers for each sample the join may have to make for it (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
         plain: its feedback is there, and made of plain tensors, which is what such a graph can be given.
@@ -124,7 +125,8 @@ class LayerState:
         self.settled = False
         self.steady = ""
         self.mirror: Tensor | None = None
-        self.hold = 0
+        self.repeats = False
+        self.held = 0
         self.swap: Tensor | None = None
         self.called = False
         self.written = ""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from rewire.edges import guard, hook, port
+from rewire.edges import READ_REPEATED, guard, hook, port
 from rewire.exchange import exchange, exchangeable, swapped
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.local_weights import LocalWeight, local_weight
 from rewire.marks import finish, mark, mark_all
+from rewire.nodes import Node
 from rewire.passes import CALL, Call, OutputError
 from rewire.run import idle, run
 from rewire.state import LayerState
@@ -43,10 +44,10 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     node = x.grad_fn
     errors: list[OutputError] = []
     B = state.mirror
-    if B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast():
+    if B is not None and x.dtype is B.dtype and x.device == B.device and not _autocast() and _mirrors(state, x, node):
         # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours. If e B is small it
         # may as well be made as soon as e is known, and needs no ticket at all.
-        tickets = [] if x.numel() <= state.hold else [_ticket(x, B)]
+        tickets = [] if x.size(0) <= state.wiring.held_rows else [_ticket(x, B)]
         call = Call(state, [] if node is None else [node], tickets, errors)
         call.mirrored = x, state.rule, B  # type: ignore[assignment]
     else:
@@ -54,13 +55,32 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     y = forward(module, x.detach())
     if type(y) is not Tensor or not y.requires_grad or y._is_view():
-        if not call.tickets:
-            call.tickets = [_ticket(x, B)]  # type: ignore[arg-type]  # of a frozen layer: what ties y to the graph
+        if not call.tickets and not (isinstance(y, Tensor) and y.requires_grad):
+            # A frozen layer: something has to tie y to the graph.
+            call.mirrored, call.ports = None, 1
+            call.tickets = [port(x, (state, state.rule, errors, 0, None, None, None))]
         return mark(state, call, y, joins=False) if isinstance(y, Tensor) else mark_all(state, call, y, joins=False)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
     guard(y, made, call)  # type: ignore[arg-type]
     return y
+
+
+def _mirrors(state: LayerState, x: Tensor, node: Node | None) -> bool:
+    """Whether ``state.mirror`` is the B of an input like x, and its feedback may be made by the join.
+
+    Feedback that is the same at all positions is handed over unwritten, so that is for whatever made x.
+    """
+    if not state.repeats:
+        return x.dim() == 2
+    samples = x.size(0)
+    return (
+        x.dim() > 2
+        and samples != x.size(1)  # which of the two is the batch could not be told
+        and samples <= state.wiring.held_rows
+        and node is not None
+        and node.name() in READ_REPEATED
+    )
 
 
 def _ticket(x: Tensor, B: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ class Wiring:
         looked: a pass has been taken in: uses of weights by other modules have been seen.
         compiled: some of its calls have been part of a compiled graph (:mod:`rewire.ready`).
         prepared: all layers are ready for such a graph, and nothing has changed since.
+        held: numbers for each sample that joins may have to make for all layers together, and for how many samples
+            that is few enough (``held_rows``).
         unnamed: output layers of the backward under way that ``asked`` does not name.
         unready: why, in words, layers under direct rules cannot be part of such graphs now; "" if they can.
         apart: they have run outside of one, and stay there.
@@ -106,6 +108,7 @@ class Wiring:
         self.looked = False
         self.compiled = False
         self.prepared = False
+        self.held = self.held_rows = 0
         self.unready = ""
         self.unnamed: list[str] = []
         self.apart = False

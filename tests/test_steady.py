@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import rewire
+from rewire import steady
 from rewire.errors import PassError
+from rewire.rules.direct import DFA
 from rewire.swap import state_of
 
 from .plain import check, mlp, randn, rule_gradients, settled, weights
@@ -178,3 +180,98 @@ def test_frozen_parameters(frozen):
     expected = rule_gradients("fa", weights(model), X, e_of(y), rewire.feedback(model))
     del expected[f"2.{frozen}"]
     check(model, expected)
+
+
+# -- the same feedback at all positions ----------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """(N, T, 5), or (T, N, 5), to (N, 4): what is fed back is read by a norm, an activation, and neither."""
+
+    def __init__(self, sequence_first=False):
+        super().__init__()
+        self.along = 0 if sequence_first else 1
+        self.stem, self.norm = nn.Linear(5, 6), nn.LayerNorm(6)
+        self.a, self.b, self.c, self.head = nn.Linear(6, 7), nn.Linear(7, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.norm(self.stem(x))
+        h = self.b(nn.functional.gelu(self.a(h)))
+        h = self.c(h * 2.0)
+        return self.head(h.mean(self.along))
+
+
+def by_hand(model, x, y):
+    """Gradients of the layers below ``b`` and ``c``, from the equation, sample by sample and position by position."""
+    B = {name: b.detach() for name, b in rewire.feedback(model).items()}
+    with torch.no_grad():
+        e = (model(x).softmax(-1) - nn.functional.one_hot(y, 4)) / len(y)
+        z = model.a(model.norm(model.stem(x)))
+        h = model.b(nn.functional.gelu(z))
+    slope = torch.autograd.functional.jvp(nn.functional.gelu, z, torch.ones_like(z))[1]
+    a, b = torch.zeros_like(model.a.bias), torch.zeros_like(model.b.bias)
+    for first in range(x.shape[0]):
+        for second in range(x.shape[1]):
+            sample = second if model.along == 0 else first
+            a += (e[sample] @ B["b"]) * slope[first, second]
+            b += 2 * (e[sample] @ B["c"])
+    assert h.shape[:2] == x.shape[:2]
+    torch.testing.assert_close(model.a.bias.grad, a)
+    torch.testing.assert_close(model.b.bias.grad, b)
+
+
+def tokens_step(model, samples, positions, seed=0):
+    shape = (positions, samples, 5) if model.along == 0 else (samples, positions, 5)
+    x, y = randn(*shape, seed=seed), torch.arange(samples) % 4
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    return x, y
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+def test_the_same_feedback_at_all_positions(sequence_first, monkeypatch):
+    rule = DFA(layout="sequence_first") if sequence_first else DFA(layout="batch_first")
+    model = rewire.convert(Tokens(sequence_first).double(), rule)
+    made = []
+    plain = steady.port
+    monkeypatch.setattr(steady, "port", lambda *args: made.append(args[1][0].name) or plain(*args))
+    tokens_step(model, 6, 3)  # backprop, to measure scales
+    for samples, positions in [(6, 3), (6, 3), (4, 4), (6, 3), (3, 6), (6, 6), (2, 6), (6, 1)]:
+        made.clear()
+        by_hand(model, *tokens_step(model, samples, positions, seed=samples))
+    if not sequence_first:  # what reads the feedback of a and b may be given it unwritten, of c not
+        tokens_step(model, 6, 3)
+        assert made[-1:] == ["c"] and set(made) == {"c"}
+
+
+def test_an_output_that_no_error_reaches():
+    model = rewire.convert(Tokens().double(), DFA(layout="batch_first"))
+    for _ in range(3):
+        x, _ = tokens_step(model, 6, 3)
+    h = model.a(model.norm(model.stem(x)))
+    with pytest.raises(PassError, match="layer 'a' got a gradient, but no output error can reach it"):
+        h.sum().backward()
+
+
+def test_what_the_join_makes_is_counted_once_for_each_layer():
+    model = rewire.convert(Tokens().double(), DFA(layout="batch_first"))
+    for samples, positions in [(6, 3), (6, 3), (5, 3), (4, 2), (6, 3)]:
+        tokens_step(model, samples, positions)
+    wiring = state_of(model.a).wiring
+    assert wiring.held == sum(layer.in_features for layer in (model.a, model.b, model.c, model.head))
+
+
+def test_frozen_layers_between():
+    model = rewire.convert(Tokens().double(), DFA(layout="batch_first"))
+    for _ in range(3):
+        tokens_step(model, 6, 3)
+    for layer in (model.b, model.c):
+        layer.requires_grad_(False)
+    x, y = tokens_step(model, 6, 3)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if name.startswith(("a.", "stem."))}
+    for layer in (model.b, model.c):
+        layer.requires_grad_(True)
+    tokens_step(model, 6, 3)
+    by_hand(model, x, y)
+    for name, g in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, g)
