@@ -8,8 +8,8 @@
 A step is zeroing the gradients, forward, loss and backward; the optimizer, which is the same for all, is left
 out. Each model runs in a process of its own. There each contender takes turns with backprop on the same batch; a
 figure is the median over turns of the ratio within a turn, with the quartiles behind it. Compiled contenders are
-compared with compiled backprop. Other libraries are timed beside, if they are installed, and dfa written by hand for
-the MLPs (see peers.py).
+compared with compiled backprop. Other libraries are timed beside, if they are installed, and what there is to gain
+at all (by hand, see peers.py).
 
 Everything is also written to benchmarks/results/step_time-DEVICE.json, with the machine, versions and thread count.
 """
@@ -60,7 +60,7 @@ def run(job: Job, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, batch, mode = job
     who = list(options.rules)
     if mode == "eager" and options.peers and batch == CASES[model].batch:
-        who += peers.names(CASES[model].chain)
+        who += peers.names()
     out = folder / "result.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, str(HERE / "one_model.py"), model, "--batch", str(batch), "--out", str(out)]

@@ -116,9 +116,9 @@ def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tens
 def _exchanged(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
     """The layer's output, B being where its operation keeps its weight; None if that cannot be."""
     B = state.swap
-    if B is not None and x.requires_grad and x.dim() == 2 and not _autocast():
+    if B is not None and type(x) is Tensor and x.requires_grad and x.dim() == 2 and not _autocast():
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if weight is not None and bias is not None:
+        if type(weight) is nn.Parameter and type(bias) is nn.Parameter:
             kept = weight.t()
             if kept.dtype is B.dtype and kept.shape == B.shape and kept.device == B.device:
                 return swapped(x, kept, bias, B)

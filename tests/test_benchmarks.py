@@ -146,6 +146,33 @@ def test_by_hand_is_the_same_rule() -> None:
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+def test_by_hand_in_other_models_each_layer_hands_back_the_same_numbers() -> None:
+    import copy
+
+    import peers
+    from models import CASES, loss_of
+
+    case = CASES["lenet"]
+    torch.manual_seed(0)
+    plain = case.make()
+    model = copy.deepcopy(plain)
+    loss = peers.loss_under("hand", "dfa", model, case)
+    grads = []
+    for seed in (0, 1):
+        x, y = case.data(4, "cpu")
+        x = x + seed
+        model.zero_grad()
+        loss(x, y).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    loss_of(plain(x), y).backward()
+    exact = [p.grad for p in plain.parameters()]
+    for mine, theirs in zip(grads[-1][-2:], exact[-2:], strict=True):
+        torch.testing.assert_close(mine, theirs)  # of the output layer
+    first, second = grads
+    assert all(g.any() for g in first)
+    assert not torch.allclose(second[-3], exact[-3])
+
+
 def test_a_contender_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     import one_model
     import peers
