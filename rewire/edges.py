@@ -318,7 +318,13 @@ carry: Callable[..., Tensor] = Carry.apply
 _HOOK = "rewire"  # not a number, as the keys of all other hooks are
 
 
-def hook(y: Tensor, node: Node, look: Callable[[Tensor | None], None]) -> dict[Any, Any]:
+class Look(partial[None]):
+    """What :func:`hook` is given. Nobody who saves a tensor need be told that this is not saved with it."""
+
+    __torch_unserializable__ = True
+
+
+def hook(y: Tensor, node: Node, look: Look) -> dict[Any, Any]:
     """``y.register_hook(look)`` without the handle, which takes longer to make than all the rest of it.
 
     Args:
@@ -338,7 +344,7 @@ def hook(y: Tensor, node: Node, look: Callable[[Tensor | None], None]) -> dict[A
 def guard(y: Tensor, node: Node, call: Call) -> None:
     """Have :func:`check` look at the gradient of y, the output of a hidden layer's ``call``."""
     # What y holds must not hold the call, which holds the hooks: a forward without a backward would stay in memory.
-    call.guard = hook(y, node, partial(_check, call.state, call.errors, _backward_id() != -1))
+    call.guard = hook(y, node, Look(_check, call.state, call.errors, _backward_id() != -1))
 
 
 def unguard(call: Call) -> None:

@@ -63,8 +63,7 @@ class LayerState:
         steady: nothing special about its calls: a key of :data:`rewire.steady.STEADY`, the short ways through a call.
         called: as an output layer on the short way, since an error last arrived.
         mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.steady.steady_direct` uses it.
-        swap: B, transposed, if it is fixed and the layer a plain ``nn.Linear``: for :func:`rewire.exchange.swapped`.
-        repeats: that is of inputs (N, positions..., features), the same at all positions.
+        repeats: ``mirror`` is of inputs (N, positions..., features), the same at all positions.
         held: how many numbers for each sample the join may have to make for it (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).
         traceable: a call of it alone could be part of a compiled graph.
@@ -127,7 +126,6 @@ class LayerState:
         self.mirror: Tensor | None = None
         self.repeats = False
         self.held = 0
-        self.swap: Tensor | None = None
         self.called = False
         self.written = ""
         self.joins_traced = False
@@ -169,7 +167,6 @@ class LayerState:
             "made": {},
             "last": None,
             "mirror": None,
-            "swap": None,
             "fixed": (),
             "fixed_as": (),
             "local": None,
@@ -240,7 +237,7 @@ class LayerState:
             self.steady = f"{output}direct" if (self.settled or first) and self.wiring.skip == "keep" else ""
         elif isinstance(self.rule, LocalRule) and known and self.kind.exchanges and not wiring.picks:
             self.steady = f"{output}local"
-        self.last = self.mirror = self.swap = None
+        self.last = self.mirror = None
         self.written = repr(self.rule)
         self.traceable = traceable(self)
         self.wiring.prepared = False

@@ -6,14 +6,13 @@ Everything that is special about a call sends it back to :func:`rewire.run.run`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from rewire.edges import READ_REPEATED, guard, hook, port
+from rewire.edges import READ_REPEATED, Look, guard, hook, port
 from rewire.exchange import exchange, exchangeable, swapped
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.local_weights import LocalWeight, local_weight
@@ -47,7 +46,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     if B is not None and x.dtype is B.dtype and x.device == B.device and not _autocast() and _mirrors(state, x, node):
         # e B is what the backward of x Bᵀ makes of e: a ticket with a value, and no node of ours. If e B is small it
         # may as well be made as soon as e is known, and needs no ticket at all.
-        tickets = [] if x.size(0) <= state.wiring.held_rows else [_ticket(x, B)]
+        tickets = [] if x.dim() > 2 or x.size(0) <= state.wiring.held_rows else [_ticket(x, B)]
         call = Call(state, [] if node is None else [node], tickets, errors)
         call.mirrored = x, state.rule, B  # type: ignore[assignment]
     else:
@@ -115,23 +114,19 @@ def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tens
 
 def _exchanged(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
     """The layer's output, B being where its operation keeps its weight; None if that cannot be."""
-    B = state.swap
-    if B is not None and type(x) is Tensor and x.requires_grad and x.dim() == 2 and not _autocast():
+    if not x.requires_grad:
+        return forward(module, x)
+    backward = _weight_of(state)
+    hooks = backward.exchange
+    B = None if hooks is None or not hooks.turned else hooks.fixed
+    if B is not None and type(module).__base__ is nn.Linear and type(x) is Tensor and x.dim() == 2 and not _autocast():
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if type(weight) is nn.Parameter and type(bias) is nn.Parameter:
             kept = weight.t()
             if kept.dtype is B.dtype and kept.shape == B.shape and kept.device == B.device:
                 return swapped(x, kept, bias, B)
     y = forward(module, x)
-    if not x.requires_grad:
-        return y
-    backward = _weight_of(state)
-    if not exchange(y, backward, transposed=state.kind.transposed):
-        return None
-    hooks = backward.exchange
-    if hooks is not None and hooks.turned and vars(type(module)).get("_rewired_from") is nn.Linear:
-        state.swap = hooks.fixed
-    return y
+    return y if exchange(y, backward, transposed=state.kind.transposed) else None
 
 
 def _weight_of(state: LayerState) -> BackwardWeight:
@@ -175,7 +170,7 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
     call.own.append(error)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
-    hook(y, made, partial(_arrived, error))  # type: ignore[arg-type]
+    hook(y, made, Look(_arrived, error))  # type: ignore[arg-type]
     return y
 
 

@@ -136,7 +136,7 @@ def _opened(
         written: the rule as it is written; here only so that another rule makes another graph.
         outputs: output layers that the feedback is for.
         walls: for each input, whether it is to be a wall (``skip="cut"``).
-        tensors: the inputs, then what is made of for each of them a B for each output layer.
+        tensors: the inputs, then, for each of them in turn, what B of each output layer is made of.
     """
     state = conversions[key].layers[name]
     rule = state.rule.in_graph() if isinstance(state.rule, DirectRule) else None
@@ -146,7 +146,7 @@ def _opened(
     tickets = []
     fixed = iter(tensors[len(walls) :])
     for i, x in enumerate(tensors[: len(walls)]):
-        of_one = dict(zip(outputs, state.fixed_as[i * len(outputs) :]))  # noqa: B905
+        of_one = dict(zip(outputs, state.fixed_as[i * len(outputs) :], strict=False))
         own = [t for B in of_one.values() for t in itertools.islice(fixed, len(parts(B) or ()))]
         ticket = port(x, state, rule, errors, wall_at(x) if walls[i] else None, of_one, *own)
         if ticket.grad_fn is not None:

@@ -85,6 +85,14 @@ def test_hooks_of_ours_are_gone_once_the_error_is_sure_to_come():
         model[:3](X).sum().backward()
 
 
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_saving_what_layers_return_says_nothing_of_hooks(rule, tmp_path, recwarn):
+    model = ready(rule)
+    recwarn.clear()
+    torch.save([model[:3](X), model(X)], tmp_path / "outputs.pt")
+    assert not recwarn.list
+
+
 def test_a_hook_of_the_users_beside_the_check():
     model = ready("dfa")
     h = model[:3](X)
@@ -100,15 +108,35 @@ def test_a_hook_of_the_users_beside_the_check():
 # -- exchanged weights --------------------------------------------------------------------------------------
 
 
-def swapped(model):
-    return [state_of(m).swap is not None for m in model if isinstance(m, nn.Linear)]
+@pytest.fixture
+def taken(monkeypatch):
+    """How many calls took the short way."""
+    made = []
+    plain = steady.swapped
+    monkeypatch.setattr(steady, "swapped", lambda *args: made.append(args) or plain(*args))
+    return made
 
 
-def test_small_layers_with_fixed_feedback_take_the_short_way():
-    assert swapped(ready("fa")) == [False, True, True]
-    assert swapped(ready("frsf")) == [False] * 3  # W is read in the backward
-    assert swapped(ready("brsf")) == [False] * 3
-    assert swapped(copy.deepcopy(ready("fa"))) == [False] * 3  # until its next pass
+@pytest.mark.parametrize("rule, often", [("fa", 2), ("frsf", 0), ("brsf", 0), ("usf", 0)])
+def test_small_layers_with_fixed_feedback_take_the_short_way(taken, rule, often):
+    model = ready(rule)
+    taken.clear()
+    loss_of(model(X)).backward()
+    assert len(taken) == often  # where W is read in the backward, none does
+
+
+def test_feedback_from_another_seed():
+    model = ready("fa")
+    before = rewire.feedback(model)["4"].clone()
+    for m in model:
+        if isinstance(m, nn.Linear):
+            state_of(m).wiring.seed = 7
+            state_of(m).forget_feedback()
+    y = model(X)
+    loss_of(y).backward()
+    B = rewire.feedback(model)
+    assert not torch.equal(B["4"], before)
+    check(model, rule_gradients("fa", weights(model), X, e_of(y), B))
 
 
 @pytest.mark.parametrize("copies", [False, True])

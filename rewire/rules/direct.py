@@ -48,8 +48,9 @@ class DRTP(DirectRule):
     def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
         return _targets_from_sign(error, axis) if targets is None else _as_errors(targets, error, axis)
 
-    def in_graph(self) -> DirectRule:
-        return _InGraph(layout=self.layout, feedback=self.feedback)
+    def in_graph(self) -> DirectRule | None:
+        # A rule that is derived from this one has a signal of its own.
+        return _InGraph(layout=self.layout, feedback=self.feedback) if type(self) is DRTP else super().in_graph()
 
 
 class _InGraph(DRTP):

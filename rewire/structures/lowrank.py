@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -110,8 +111,10 @@ class Product(Feedback):
         return self.squeeze.p, self.q
 
     def of(self, *tensors: Tensor) -> Feedback:
-        p, q = tensors
-        return Product(Squeeze(p), q)
+        made = copy(self)
+        p, made.q = tensors
+        made.squeeze, made.dtype = Squeeze(p), p.dtype
+        return made
 
     @property
     def own(self) -> Tensor:

@@ -138,9 +138,10 @@ class Slice(Feedback):
         return (self.matrix.columns,)
 
     def of(self, *tensors: Tensor) -> Feedback:
-        matrix = copy(self.matrix)
+        made, matrix = copy(self), copy(self.matrix)
         (matrix.columns,) = tensors
-        return Slice(matrix, self.shape, self.scale)
+        made.matrix, made.dtype = matrix, matrix.columns.dtype
+        return made
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows * self.scale

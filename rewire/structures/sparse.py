@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -149,8 +150,11 @@ class Gathered(Feedback):
         return self.rows, self.values
 
     def of(self, *tensors: Tensor) -> Feedback:
-        rows, values = tensors
-        return Gathered(Lanes(values.dtype), rows, values, self.shape)
+        made = copy(self)
+        made.rows, made.values = tensors
+        made.dtype = made.values.dtype
+        made.lanes = Lanes(made.dtype)
+        return made
 
     @property
     def own(self) -> Tensor:

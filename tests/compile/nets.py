@@ -48,6 +48,25 @@ def chain(outputs=20):
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, outputs))
 
 
+class Two(nn.Module):
+    """Two outputs, one of them below a layer that the other is above."""
+
+    def __init__(self, outputs=(3, 3)):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 8)
+        self.c, self.aux = nn.Linear(8, outputs[0]), nn.Linear(8, outputs[1])
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.c(torch.tanh(self.b(h))) + 0, self.aux(h)
+
+
+def two_losses(model, n=6):
+    model.zero_grad()
+    y, z = model(vectors(n)[0])
+    (y.square().sum() + z.sigmoid().sum()).backward()
+
+
 def images(n):
     g = torch.Generator().manual_seed(n)
     return torch.randn(n, 1, 8, 8, generator=g), torch.randint(0, 3, (n,), generator=g)
@@ -85,3 +104,25 @@ def same(a, b):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def one_graph(model, **options):
+    return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **options})
+
+
+def error(model, data):
+    """e of mean cross-entropy."""
+    x, y = data
+    with torch.no_grad():
+        out = model(x)
+    return (out.softmax(-1) - F.one_hot(y, out.shape[-1])) / len(y)
+
+
+def chain_by_hand(model, x, signal):
+    """The gradients of all layers of a :func:`chain` but the last, from the rule's equation with a dense B."""
+    B = rewire.feedback(model)
+    with torch.no_grad():
+        h = [x, model[:2](x), model[:4](x)]
+    for i, name in enumerate(["2", "4"]):
+        delta = signal @ B[name] * (1 - h[i + 1] ** 2)
+        torch.testing.assert_close(model[2 * i].weight.grad, delta.T @ h[i], rtol=1e-4, atol=1e-6)

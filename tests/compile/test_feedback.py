@@ -3,10 +3,8 @@
 import pytest
 import torch
 from functorch.compile import min_cut_rematerialization_partition
-from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
 
 import rewire
 from rewire.rules.direct import DFA
@@ -17,7 +15,22 @@ from rewire.structures.seeded import Tiles
 from rewire.structures.shared import Slice
 from rewire.structures.sparse import Gathered
 
-from .nets import Mixed, Tokens, chain, images, pair, same, step, tokens, vectors
+from .nets import (
+    Mixed,
+    Tokens,
+    Two,
+    chain,
+    chain_by_hand,
+    error,
+    images,
+    one_graph,
+    pair,
+    same,
+    step,
+    tokens,
+    two_losses,
+    vectors,
+)
 
 STRUCTURES = {
     **NAMES,
@@ -32,15 +45,11 @@ STRUCTURES = {
 every = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
 
 
-def compiled(model, **options):
-    return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **options})
-
-
 @every
 @pytest.mark.parametrize("net, data", [(Mixed, images), (Tokens, tokens)], ids=["convolutions", "tokens"])
 def test_one_graph_same_gradients(net, data, structure):
     model, twin = pair(net, data, "dfa", feedback=structure)
-    fast = compiled(model)
+    fast = one_graph(model)
     for n in (6, 4, 3):
         step(fast, data(n)), step(twin, data(n))
         same(twin, model)
@@ -48,15 +57,7 @@ def test_one_graph_same_gradients(net, data, structure):
 
 
 def by_hand(model, data):
-    """The gradients of all layers but the last, from the rule's equation with a dense B."""
-    x, y = data
-    B = rewire.feedback(model)
-    with torch.no_grad():
-        h = [x, model[:2](x), model[:4](x)]
-        e = (model(x).softmax(-1) - F.one_hot(y, model[4].out_features)) / len(y)
-    for i, name in enumerate(["2", "4"]):
-        delta = e @ B[name] * (1 - h[i + 1] ** 2)
-        torch.testing.assert_close(model[2 * i].weight.grad, delta.T @ h[i], rtol=1e-4, atol=1e-6)
+    chain_by_hand(model, data[0], error(model, data))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def by_hand(model, data):
 )
 def test_generated_code_is_as_the_equation_says(structure):
     model, _ = pair(chain, vectors, "dfa", feedback=structure)
-    fast = compiled(model, backend="inductor")
+    fast = one_graph(model, backend="inductor")
     for n in (6, 4):
         step(fast, vectors(n))
         by_hand(model, vectors(n))
@@ -80,7 +81,7 @@ def test_breaking_it_is_found(monkeypatch, owner):
     usual = getattr(owner, name)
     wrong = (lambda self: ((i, -t) for i, t in usual(self))) if owner is Tiles else lambda self, e: -usual(self, e)
     monkeypatch.setattr(owner, name, wrong)
-    step(compiled(model), vectors(6))
+    step(one_graph(model), vectors(6))
     monkeypatch.undo()
     with pytest.raises(AssertionError):
         by_hand(model, vectors(6))
@@ -97,7 +98,7 @@ def test_what_layers_share_is_made_once(structure):
     model, twin = pair(chain, vectors, "dfa", feedback=structure)
     # Inductor's way of making forward and backward of one graph, which leaves out what is there already.
     backend = aot_autograd(fw_compiler=look, bw_compiler=look, partition_fn=min_cut_rematerialization_partition)
-    step(compiled(model, backend=backend), vectors(6))
+    step(one_graph(model, backend=backend), vectors(6))
     step(twin, vectors(6))
     same(twin, model)
     calls = [node for node in graphs[-1].graph.nodes if node.op == "call_function"]
@@ -113,51 +114,36 @@ def test_what_layers_share_is_made_once(structure):
 def test_layers_with_structures_of_their_own():
     layers = {"2": DFA(feedback=LowRank(2)), "4": DFA(feedback=LowRank(3))}
     model, _ = pair(chain, vectors, "dfa", layers=layers)
-    step(compiled(model), vectors(6))
+    step(one_graph(model), vectors(6))
     by_hand(model, vectors(6))
     for structures in ({"2": Shared(), "4": Shared("binary")}, {"2": Sparse(nonzeros=3), "4": LowRank(2)}):
         layers = {name: DFA(feedback=structure) for name, structure in structures.items()}
         model, _ = pair(chain, vectors, "dfa", layers=layers)
-        step(compiled(model), vectors(6))
+        step(one_graph(model), vectors(6))
         by_hand(model, vectors(6))
 
 
 def test_each_output_has_its_own():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 8)
-            self.c, self.aux = nn.Linear(8, 9), nn.Linear(8, 7)
-
-        def forward(self, x):
-            h = torch.tanh(self.a(x))
-            return self.c(torch.tanh(self.b(h))) + 0, self.aux(h)
-
-    def run(m):
-        m.zero_grad()
-        y, z = m(vectors(6)[0])
-        (y.square().sum() + z.sigmoid().sum()).backward()
-
     torch.manual_seed(0)
-    model, twin = rewire.convert(Two(), "dfa", feedback=LowRank(2)), rewire.convert(Two(), "dfa", feedback=LowRank(2))
+    model, twin = (rewire.convert(Two((9, 7)), "dfa", feedback=LowRank(2)) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     for m in (model, twin):
-        run(m), run(m)
-    run(compiled(model))
+        two_losses(m), two_losses(m)
+    two_losses(one_graph(model))
     same(twin, model)
 
 
 @pytest.mark.parametrize("structure", [Dense(dtype=torch.bfloat16), LowRank(2, dtype=torch.bfloat16)])
 def test_kept_in_another_dtype(structure):
     model, twin = pair(chain, vectors, "dfa", feedback=structure)
-    step(compiled(model), vectors(6)), step(twin, vectors(6))
+    step(one_graph(model), vectors(6)), step(twin, vectors(6))
     same(twin, model)
 
 
 @pytest.mark.parametrize("structure", ["lowrank", "shared", "sparse", "seeded"])
 def test_autocast_after_an_ordinary_pass_without(structure):
     model, twin = pair(chain, vectors, "dfa", feedback=structure)
-    fast = compiled(model)
+    fast = one_graph(model)
     for m in (fast, twin):
         with torch.autocast("cpu", torch.bfloat16):
             step(m, vectors(6))
@@ -212,7 +198,7 @@ class Own(Structure):
 
 def test_a_structure_of_ones_own():
     model, _ = pair(chain, vectors, "dfa", feedback=Own(Given))
-    step(compiled(model), vectors(6))
+    step(one_graph(model), vectors(6))
     by_hand(model, vectors(6))
 
     model, _ = pair(chain, vectors, "dfa", feedback=Own(Doubled))
@@ -221,9 +207,28 @@ def test_a_structure_of_ones_own():
     by_hand(model, vectors(6))
 
 
+@pytest.mark.parametrize("structure", [LowRank(2), Sparse(nonzeros=2), Shared(), Seeded()], ids=lambda s: s.name)
+def test_a_b_derived_from_one_of_ours(structure, monkeypatch):
+    """A graph has the user's own B, not the one that it is derived from."""
+    model, _ = pair(chain, vectors, "dfa", feedback=structure)
+    step(one_graph(model), vectors(6))
+    usual = type(structure).make
+
+    def make_own(self, place):
+        made = usual(self, place)
+        base = type(made)
+        made.__class__ = type("Own", (base,), {"__call__": lambda b, rows: -base.__call__(b, rows)})
+        return made
+
+    monkeypatch.setattr(type(structure), "make", make_own)
+    own, _ = pair(chain, vectors, "dfa", feedback=structure)
+    step(one_graph(own), vectors(6))
+    torch.testing.assert_close(own[2].bias.grad, -model[2].bias.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_a_copy_and_a_change_of_structure():
     model, twin = pair(chain, vectors, "dfa", feedback="lowrank")
-    fast = compiled(model)
+    fast = one_graph(model)
     step(fast, vectors(6)), step(twin, vectors(6))
     for m, other in ((model, model), (twin, twin)):
         with rewire.use_rule(other, DFA(feedback="shared")):

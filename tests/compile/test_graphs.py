@@ -18,7 +18,20 @@ from rewire.errors import PassError
 from rewire.passes import OutputError
 from rewire.rules.direct import DFA
 
-from .nets import Mixed, Tokens, images, pair, same, step, tokens, vectors
+from .nets import (
+    Mixed,
+    Tokens,
+    Two,
+    error,
+    images,
+    one_graph,
+    pair,
+    same,
+    step,
+    tokens,
+    two_losses,
+    vectors,
+)
 
 RULES = ["bp", "fa", "usf", "frsf", "dfa", "sdfa", "drtp", "shallow"]
 
@@ -27,7 +40,7 @@ RULES = ["bp", "fa", "usf", "frsf", "dfa", "sdfa", "drtp", "shallow"]
 @pytest.mark.parametrize("net, data", [(Mixed, images), (Tokens, tokens)], ids=["convolutions", "tokens"])
 def test_one_graph_same_gradients(net, data, rule):
     model, twin = pair(net, data, rule)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     for n in (6, 6, 4, 3, 7):  # the last batch of an epoch is smaller
         out, plain = step(compiled, data(n)), step(twin, data(n))
         torch.testing.assert_close(out, plain)
@@ -46,7 +59,7 @@ def test_with_inductor(rule):
 
 def test_training_stays_together():
     model, twin = pair(Mixed, images, "dfa")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin)]
     for n in range(3, 9):
         for m, optimizer in zip((compiled, twin), optimizers, strict=True):
@@ -74,10 +87,10 @@ def test_the_first_pass_runs_outside_and_is_backprop():
 def test_fullgraph_before_the_first_pass_says_what_to_do():
     model = rewire.convert(Mixed(), "dfa")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="run one ordinary training step"):
-        torch.compile(model, fullgraph=True, backend="aot_eager")(images(6)[0])
+        one_graph(model)(images(6)[0])
     step(model, images(6))
     twin = copy.deepcopy(model)
-    step(torch.compile(model, fullgraph=True, backend="aot_eager"), images(6)), step(twin, images(6))
+    step(one_graph(model), images(6)), step(twin, images(6))
     same(twin, model)
 
 
@@ -90,36 +103,20 @@ def test_what_cannot_be_compiled_runs_outside():
 
 
 def test_several_outputs():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-            self.aux = nn.Linear(8, 3)
-
-        def forward(self, x):
-            h = torch.tanh(self.a(x))
-            return self.c(torch.tanh(self.b(h))) + 0, self.aux(h)
-
-    def loss(m, n=6):
-        m.zero_grad()
-        x = torch.randn(n, 4, generator=torch.Generator().manual_seed(n))
-        y, z = m(x)
-        (y.square().sum() + z.sigmoid().sum()).backward()
-
     torch.manual_seed(0)
     model = rewire.convert(Two(), "dfa")
-    loss(model)
-    loss(model)
+    two_losses(model)
+    two_losses(model)
     twin = copy.deepcopy(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     for n in (6, 4):
-        loss(compiled, n), loss(twin, n)
+        two_losses(compiled, n), two_losses(twin, n)
         same(twin, model)
 
 
 def test_another_rule_for_a_while():
     model, twin = pair(Mixed, images, "dfa")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     step(compiled, images(6))
     for m, other in ((compiled, model), (twin, twin)):
         with rewire.use_rule(other, "bp"):
@@ -133,14 +130,14 @@ def test_two_conversions_of_one_architecture_do_not_mix():
     model, twin = pair(Mixed, images, "dfa")
     other, other_twin = pair(Mixed, images, "dfa", seed=1)
     for m, t in ((model, twin), (other, other_twin)):
-        step(torch.compile(m, fullgraph=True, backend="aot_eager"), images(6)), step(t, images(6))
+        step(one_graph(m), images(6)), step(t, images(6))
         same(t, m)
     assert not torch.equal(model.wide.weight.grad, other.wide.weight.grad)
 
 
 def test_accumulation_and_two_backwards():
     model, twin = pair(Mixed, images, "dfa")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     for m in (compiled, twin):
         m.zero_grad()
         a, b = (F.cross_entropy(m(images(n)[0]), images(n)[1]) for n in (6, 6))
@@ -158,7 +155,7 @@ def test_evaluation_without_gradients():
 
 def test_autocast():
     model, twin = pair(Tokens, tokens, "dfa")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     for m in (compiled, twin):
         with torch.autocast("cpu", torch.bfloat16):
             step(m, tokens(6))
@@ -209,7 +206,7 @@ def test_use_of_a_weight_by_another_module_is_under_its_rule():
     same(twin, model)
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"'used'|cannot be part of a compiled graph"):
-        torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        one_graph(model)(x)
 
 
 @pytest.mark.parametrize("rule", ["fa", "frsf", "dfa"])
@@ -249,7 +246,7 @@ def test_other_rules_to_and_fro(before, other):
 
 def test_no_more_graphs_when_rules_come_back():
     model, _ = pair(Mixed, images, "fa")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = one_graph(model)
     for _ in range(3):
         step(compiled, images(6))
         with rewire.use_rule(model, "frsf"):
@@ -290,7 +287,7 @@ def test_rows_picked_by_index_run_outside():
     assert all(expert.weight.grad.any() for expert in model.experts)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(model, fullgraph=True, backend="aot_eager")(rows(6)[0])
+        one_graph(model)(rows(6)[0])
 
 
 class Gate(nn.Module):
@@ -321,7 +318,7 @@ def test_a_block_given_lists_of_tensors():
     model, twin = pair(Gated, vectors, "dfa", blocks=["gate"])
     step(model, vectors(6))
     by_hand(model, vectors(6))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     for n in (6, 4):
         step(compiled, vectors(n)), step(twin, vectors(n))
         same(twin, model)
@@ -330,11 +327,9 @@ def test_a_block_given_lists_of_tensors():
 
 def by_hand(model, data):
     """The gradients of the five layers below the block, from the rule's equation."""
-    x, y = data
+    x, _ = data
     B = rewire.feedback(model)
-    with torch.no_grad():
-        out = model(x)
-    e = (out.softmax(-1) - F.one_hot(y, 3)) / len(y)
+    e = error(model, data)
     names = ["gate", *(f"gate#{i}" for i in range(1, 5))]
     for part, name in zip(model.parts, names, strict=True):
         delta = (e @ B[name]) * (1 - torch.tanh(part(x).detach()) ** 2)
@@ -355,7 +350,7 @@ def test_breaking_it_is_found(monkeypatch, rule, owner, name, wrong):
     model, twin = pair(Tokens, tokens, rule)
     step(twin, tokens(6))
     monkeypatch.setattr(owner, name, wrong)
-    step(torch.compile(model, fullgraph=True, backend="aot_eager"), tokens(6))
+    step(one_graph(model), tokens(6))
     with pytest.raises(AssertionError):
         same(twin, model)
 
@@ -363,7 +358,7 @@ def test_breaking_it_is_found(monkeypatch, rule, owner, name, wrong):
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
 def test_a_compiled_pass_leaves_no_output_error(rule):
     model, _ = pair(Mixed, images, rule)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = one_graph(model)
     for _ in range(2):
         step(model, images(6))
         assert rewire.output_error(model) is not None

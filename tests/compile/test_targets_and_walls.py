@@ -10,13 +10,9 @@ from torch.nn import functional as F
 
 import rewire
 from rewire.errors import PassError
+from rewire.rules.direct import DRTP
 
-from .nets import Mixed, chain, images, pair, same, step, vectors
-
-
-def compiled(model, **options):
-    return torch.compile(model, fullgraph=True, **{"backend": "aot_eager", **options})
-
+from .nets import Mixed, chain, chain_by_hand, images, one_graph, pair, same, step, vectors
 
 # -- drtp -------------------------------------------------------------------------------------------------
 
@@ -29,20 +25,10 @@ def targets_step(model, n, given=None, loss=F.cross_entropy):
     loss(out, y).backward()
 
 
-def by_hand(model, n, hot):
-    x, _ = vectors(n)
-    B = rewire.feedback(model)
-    with torch.no_grad():
-        h = [x, model[:2](x), model[:4](x)]
-    for i, name in enumerate(["2", "4"]):
-        delta = hot @ B[name] * (1 - h[i + 1] ** 2)
-        torch.testing.assert_close(model[2 * i].weight.grad, delta.T @ h[i], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_targets_are_those_of_each_call(backend):
     model, _ = pair(lambda: chain(3), vectors, "drtp")
-    fast = compiled(model, backend=backend)
+    fast = one_graph(model, backend=backend)
     y, z = vectors(6)[1], vectors(4)[1]
     others, none = (y + 1) % 3, torch.full((4,), -100)
     soft = torch.randn(6, 3).softmax(1)
@@ -55,13 +41,13 @@ def test_targets_are_those_of_each_call(backend):
         (6, None, F.one_hot(y, 3).float()),
     ):
         targets_step(fast, n, given)
-        by_hand(model, n, hot)
+        chain_by_hand(model, vectors(n)[0], hot)
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
 
 
 def test_what_does_not_fit_is_said_when_the_graph_runs():
     model, _ = pair(lambda: chain(3), vectors, "drtp")
-    fast = compiled(model)
+    fast = one_graph(model)
     targets_step(fast, 6)
     with pytest.raises(PassError, match=r"drtp: targets of shape \(5,\)"):
         targets_step(fast, 6, torch.zeros(5, dtype=torch.int64))
@@ -69,6 +55,18 @@ def test_what_does_not_fit_is_said_when_the_graph_runs():
         targets_step(fast, 6, torch.full((6,), 3))
     with pytest.raises(PassError, match="this loss does not show them"):
         targets_step(fast, 6, loss=lambda out, y: out.square().sum())
+
+
+class Twice(DRTP):
+    def signal(self, error, targets, axis):
+        return 2 * super().signal(error, targets, axis)
+
+
+def test_a_rule_derived_from_it_has_its_own_signal():
+    model, _ = pair(lambda: chain(3), vectors, Twice())
+    with pytest.warns(rewire.RewireWarning, match="cannot be part of a compiled graph"):
+        targets_step(torch.compile(model, backend="aot_eager"), 6)
+    chain_by_hand(model, vectors(6)[0], 2 * F.one_hot(vectors(6)[1], 3).float())
 
 
 # -- skip="cut" -------------------------------------------------------------------------------------------
@@ -111,7 +109,7 @@ class Queries(nn.Module):
 def test_walls(net, data):
     model, twin = pair(net, data, "dfa", skip="cut")
     kept, _ = pair(net, data, "dfa")
-    fast = compiled(model)
+    fast = one_graph(model)
     for n in (6, 4, 3):
         step(fast, data(n)), step(twin, data(n))
         same(twin, model)
