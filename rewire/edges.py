@@ -183,9 +183,9 @@ class Probe(Function):
 class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
-    A ticket x Bᵀ, which :func:`rewire.steady.steady_direct` makes where n is small, gets the rule's signal of e as its
-    gradient, and PyTorch's own product hands e B on to x. Where e B itself is small, x takes the ticket's place and
-    gets it here. Such inputs come last, in this order; ``mirrored`` and ``held`` are their calls.
+    A ticket B xᵀ, which :func:`rewire.steady.steady_direct` makes where n is small, gets the rule's signal of e as its
+    gradient, transposed, and PyTorch's own product hands e B on to x. Where e B itself is small, x takes the ticket's
+    place and gets it here. Such inputs come last, in this order; ``mirrored`` and ``held`` are their calls.
 
     Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
     layer under a direct rule).
@@ -222,7 +222,7 @@ class Join(Function):
                 raise PassError(reentrant_message(ctx.state.label))
             if ctx.state.wiring.error_reached(ctx.state, error, gradient):
                 if ctx.calls:
-                    mirrored = [error.signal(rule) for rule in ctx.rules]
+                    mirrored = [error.signal(rule).t() for rule in ctx.rules]
                     mirrored += [_spread(error.signal(rule) @ B, shape) for shape, rule, B in ctx.held]
                     if not _graph_is_kept():
                         for call in ctx.calls:  # x need not outlive its own layer's backward

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire import buffers, hosts, learned, traced
+from rewire import buffers, hosts, kernels, learned, traced
 from rewire.run import run
 from rewire.state import LayerState
-from rewire.steady import STEADY
+from rewire.steady import CUT, STEADY
 
 # Looked up once: these run in every call of every layer.
 _grad_enabled = torch.is_grad_enabled
@@ -62,6 +62,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
 
     traced.register()
     parent: Any = base
+    faster = kernels.forward_for(base)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
@@ -78,7 +79,8 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
         if steady and len(args) == 1 and not kwargs:
-            return STEADY[steady](state, self, parent.forward, args[0])
+            own = parent.forward if faster is None or steady not in CUT else faster
+            return STEADY[steady](state, self, own, args[0])
         return run(state, self, parent.forward, args, kwargs)
 
     def extra_repr(self: nn.Module) -> str:

@@ -73,6 +73,7 @@ def test_step_time(run: Callable[..., int], tmp_path: Path, capsys: pytest.Captu
         ("where_time_goes", "matrix products"),
         ("memory", "checkpoint"),
         ("pipeline", "1f1b"),
+        ("weight_gradients", "by sample"),
     ],
 )
 def test_runs_quickly(run: Callable[..., int], script: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
