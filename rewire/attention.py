@@ -43,6 +43,12 @@ def projections(module: nn.MultiheadAttention) -> dict[str, Projection]:
     return {projection.part: projection for projection in there}
 
 
+def plain(module: nn.Module | None) -> bool:
+    """Whether ``module``'s forward is that of ``nn.MultiheadAttention`` itself."""
+    own = vars(type(module)).get("_rewired_from", type(module))
+    return issubclass(own, nn.MultiheadAttention) and own.forward is nn.MultiheadAttention.forward
+
+
 @dataclass(frozen=True)
 class Seat:
     """How a tensor inside the function, (T, N, E) or (T·N, E), lies in the model around it.
@@ -95,11 +101,12 @@ def _with(linear: Callable[..., Any]) -> Callable[..., Any]:
     """PyTorch's function, in a namespace where ``linear`` is ours and overrides have been seen to already."""
     namespace = {**vars(F), "linear": linear, "has_torch_function": lambda tensors: False}
     for name in _INSIDE:
-        namespace[name] = _in(namespace, vars(F)[name])
-    return _in(namespace, FUNCTION)
+        namespace[name] = within(namespace, vars(F)[name])
+    return within(namespace, FUNCTION)
 
 
-def _in(namespace: dict[str, Any], function: Any) -> FunctionType:
+def within(namespace: dict[str, Any], function: Any) -> FunctionType:
+    """``function``, with other globals."""
     made = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__
     return made

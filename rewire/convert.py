@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rewire import buffers, hosts, jvp, learned, structures
+from rewire import attention, buffers, hosts, jvp, learned, structures
 from rewire.arguments import check_model
 from rewire.ask import states_in
 from rewire.derivative import DerivativeState, surrogate_class
@@ -287,6 +287,7 @@ def _state(choice: Choice, wiring: Wiring, given: float | None) -> LayerState:
     _check_learns(state)
     if choice.part or choice.within is not None:
         state.functional = True  # given to the attention's function
+        state.seated = attention.plain(choice.module if choice.part else choice.within)
     if isinstance(choice.rule, Schedule):
         buffers.keep_count(state)
     state.refresh()

@@ -71,14 +71,14 @@ def part(wiring: Wiring) -> None:
 def traceable(state: LayerState) -> bool:
     """Whether a call of the layer can be part of a compiled graph (:mod:`rewire.traced`)."""
     rule = state.rule
-    if not state.wiring.looked or state.watched or state.counts:
+    if not state.wiring.looked or (state.watched and not state.seated) or state.counts:
         return False
     if state.wiring.guard is not None or state.learner is not None:
         return False
     if state.idle:
         return True
     if isinstance(rule, LocalRule):
-        return state.kind.exchanges and not rule.redraw and state.std is not None
+        return (state.kind.exchanges or state.seated) and not rule.redraw and state.std is not None
     if isinstance(rule, DirectRule):
         known = state.settled or (state.role is not Role.UNKNOWN and not state.shapes)  # nothing to hand back to
         return known and rule.in_graph() is not None
@@ -112,7 +112,7 @@ def given(made: Iterable[Tensor | Feedback], tensors: Iterable[Tensor]) -> list[
 def _prepare(state: LayerState) -> None:
     """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
     rule = state.rule
-    state.fixed, state.fixed_as, state.fixed_outputs, state.plain = (), (), (), True
+    state.fixed, state.fixed_as, state.fixed_outputs, state.fixed_inputs, state.plain = (), (), (), (), True
     if isinstance(rule, DirectRule) and not rule.silent:
         structure = state.structure(rule)
         found = {place: _made(state, structure, *place) for place in state.shapes}
@@ -121,12 +121,14 @@ def _prepare(state: LayerState) -> None:
             state.plain = False  # no pass of this process has shown yet what B is to be like
             return
         outputs = tuple(dict.fromkeys(output for output, _ in Bs))
-        places = [(output, index) for index in sorted({i for _, i in Bs}) for output in outputs]
+        indices = tuple(sorted({i for _, i in Bs}))
+        places = [(output, index) for index in indices for output in outputs]
         tensors = [parts(Bs[place]) if place in Bs else None for place in places]
         if None in tensors:
             state.plain = False
             return
-        state.fixed_outputs, state.fixed_as = outputs, tuple(Bs[place] for place in places)
+        state.fixed_outputs, state.fixed_inputs = outputs, indices
+        state.fixed_as = tuple(Bs[place] for place in places)
         state.fixed = tuple(t for of_one in tensors if of_one is not None for t in of_one)
     elif isinstance(rule, LocalRule) and rule.random and not rule.redraw:
         if state.random_as is not None:

@@ -46,6 +46,7 @@ class LayerState:
         ran: it has run with gradients on.
         start: root mean square of its output in the first call it ever ran in; None before that.
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
+        seated: one of those is PyTorch's own attention, around it (:mod:`rewire.attention`).
         watched: such uses are, or may be, watched for.
         layout: the order of its input's dimensions, where whoever uses the weight is known to have one.
         turned: the layer below whose output was seen to be transposed to be its input (:mod:`rewire.turns`); "" if
@@ -72,7 +73,7 @@ class LayerState:
         joins_traced: its output is joined to the pass there.
         fed: an input of it was seen to require a gradient.
         fixed: the feedback that graph is given; for direct rules, what ``fixed_as`` is made of.
-        fixed_as: for each input one B for each of ``fixed_outputs``, output layers.
+        fixed_as: for each of ``fixed_inputs``, by number, one B for each of ``fixed_outputs``, output layers.
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
         random_as: shape, dtype and device of R, as the last pass needed it.
         exact: for feedback that learns: what is handed back now is backprop's own gradient.
@@ -107,6 +108,7 @@ class LayerState:
         self.ran = False
         self.start: float | None = None
         self.functional = False
+        self.seated = False
         self.watched = False
         self.busy: set[int] = set()
         self.idle = False
@@ -136,6 +138,7 @@ class LayerState:
         self.fixed: tuple[Tensor, ...] = ()
         self.fixed_as: tuple[Tensor | Feedback, ...] = ()
         self.fixed_outputs: tuple[str, ...] = ()
+        self.fixed_inputs: tuple[int, ...] = ()
         self.random_as: tuple[torch.Size, torch.dtype, torch.device] | None = None
         self.exact = False
         self.probe: Any = None

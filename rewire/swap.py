@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire import buffers, hosts, kernels, learned, traced
+from rewire import buffers, hosts, kernels, learned, traced, traced_attention
 from rewire.run import run
 from rewire.state import LayerState
 from rewire.steady import CUT, STEADY
@@ -140,15 +140,24 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
     if key in _classes:
         return _classes[key]
 
+    traced.register()
+    traced_attention.register()
     parent: Any = base
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
             return parent.forward(self, *args, **kwargs)
-        if _compiling() and traced.exports(self.training):
-            return parent.forward(self, *args, **kwargs)
-        attend = _attend_outside_of_compile if _compiling() else hosts.attend
-        return attend(self, self.__dict__[STATE].states, state_of(self.out_proj), parent.forward, args, kwargs)
+        states: list[LayerState] = self.__dict__[STATE].states
+        output = state_of(self.out_proj)
+        if _compiling():
+            if traced.exports(self.training):
+                return parent.forward(self, *args, **kwargs)
+            wiring = states[0].wiring
+            layers = states if output is None else [*states, output]
+            if traced.prepare(wiring.key, wiring.unsettled) and all([s.in_graph and s.seated for s in layers]):
+                return traced_attention.call(self, states, output, args, kwargs)
+            return _attend_outside_of_compile(self, states, output, parent.forward, args, kwargs)
+        return hosts.attend(self, states, output, parent.forward, args, kwargs)
 
     cls = _classes[key] = derive(base, attention_class, {"forward": forward, **_keeping(parent)})
     return cls
@@ -159,8 +168,8 @@ _disable: Callable[..., Any] = torch.compiler.disable
 _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
     "the first compiled one: it finds the output layers and measures scales. Not compiled at all: brsf, feedback "
-    "that learns or does not say of which tensors it is made, nn.MultiheadAttention, weights that other modules use, "
-    "on_nonfinite"
+    "that learns or does not say of which tensors it is made, weights that other modules use, attention with a forward "
+    "of its own, on_nonfinite"
 )
 _outside_of_compile: Callable[..., Any] = _disable(traced.outside, reason=_why)
 _attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)

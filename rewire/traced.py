@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -109,26 +109,43 @@ class _Join(Function):
 
 
 class _Given(BackwardWeight):
-    """The backward weight of a local rule whose R is at hand."""
+    """The backward weight of a local rule whose R is at hand.
 
-    def __init__(self, rule: LocalRule, random: Tensor | None, scale: float) -> None:
+    Args:
+        whole, rows: the operation is given only these rows of the whole weight.
+    """
+
+    def __init__(
+        self, rule: LocalRule, random: Tensor | None, scale: float, whole: Tensor | None, rows: slice | None
+    ) -> None:
         self.rule = rule
         self.given = random
         self.scale = scale
         self.keep = rule.uses_weight
+        self.whole = whole
+        self.rows = rows
 
     def random(self, weight: Tensor) -> Tensor | None:
         return self.given if self.given is None else self.given.to(weight.dtype)
 
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
-        return self.rule.backward_weight(weight, random, self.scale)
+        if self.rows is None:
+            return self.rule.backward_weight(weight, random, self.scale)
+        whole = None if weight is None or self.whole is None else self.whole.to(weight.dtype)
+        return self.rule.backward_weight(whole, random, self.scale)[self.rows]
 
 
 # -- functions that Dynamo takes into the graph as they are ----------------------------------------------
 
 
-def _opened(
-    key: int, name: str, written: str, outputs: tuple[str, ...], walls: tuple[bool, ...], *tensors: Tensor
+def opened(
+    key: int,
+    name: str,
+    written: str,
+    outputs: tuple[str, ...],
+    walls: tuple[bool, ...],
+    *tensors: Tensor,
+    first: int = 0,
 ) -> list[Tensor]:
     """Ports at the inputs of one call.
 
@@ -137,6 +154,7 @@ def _opened(
         outputs: output layers that the feedback is for.
         walls: for each input, whether it is to be a wall (``skip="cut"``).
         tensors: the inputs, then, for each of them in turn, what B of each output layer is made of.
+        first: which of the layer's inputs the first of them is.
     """
     state = conversions[key].layers[name]
     rule = state.rule.in_graph() if isinstance(state.rule, DirectRule) else None
@@ -145,17 +163,17 @@ def _opened(
     port: Callable[..., Tensor] = _Port.apply
     tickets = []
     fixed = iter(tensors[len(walls) :])
-    for i, x in enumerate(tensors[: len(walls)]):
+    for i, x in enumerate(tensors[: len(walls)], first):
         of_one = dict(zip(outputs, state.fixed_as[i * len(outputs) :], strict=False))
         own = [t for B in of_one.values() for t in itertools.islice(fixed, len(parts(B) or ()))]
-        ticket = port(x, state, rule, errors, wall_at(x) if walls[i] else None, of_one, *own)
+        ticket = port(x, state, rule, errors, wall_at(x) if walls[i - first] else None, of_one, *own)
         if ticket.grad_fn is not None:
             metadata(ticket.grad_fn)[_ERRORS] = errors
         tickets.append(ticket)
     return tickets
 
 
-def _closed(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Tensor:
+def closed(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Tensor:
     """Leave a hidden layer's call on the graph. ``tensors``: its ``count`` inputs, their tickets."""
     call = _call(key, name, count, tensors)
     if not y.requires_grad:
@@ -168,7 +186,7 @@ def _closed(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Ten
     return y
 
 
-def _joined(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Tensor:
+def joined(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Tensor:
     """The output of an output layer, joined to the tickets of all calls upstream. ``tensors`` as above."""
     call = _call(key, name, count, tensors)
     state = call.state
@@ -195,11 +213,17 @@ def _joined(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Ten
 
 def _exchanged(y: Tensor, x: Tensor, key: int, name: str, rule: str, *random: Tensor) -> Tensor:
     """Let the operation that made y from x hand back what a local rule says."""
-    state = conversions[key].layers[name]
+    return exchanged(conversions[key].layers[name], y, random)
+
+
+def exchanged(
+    state: LayerState, y: Tensor, random: Sequence[Tensor], whole: Tensor | None = None, rows: slice | None = None
+) -> Tensor:
+    """y, of which the operation hands back what the local rule says. The rest: as :class:`_Given` has it."""
     assert isinstance(state.rule, LocalRule) and state.std is not None
     if state.rule.random and not random:
         raise PassError(f"layer {state.label} has no feedback yet: run one ordinary training step first")
-    backward = _Given(state.rule, random[0] if random else None, state.std)
+    backward = _Given(state.rule, random[0] if random else None, state.std, whole, rows)
     if y.grad_fn is not None and not exchange(y, backward, transposed=state.kind.transposed):
         raise PassError(f"layer {state.label}: torch.compile made something of its operation that the rule cannot use")
     return y
@@ -211,10 +235,10 @@ _join: Callable[..., Tensor] = _Join.apply
 def _call(key: int, name: str, count: int, tensors: tuple[Tensor, ...]) -> Call:
     state = conversions[key].layers[name]
     inputs, tickets = tensors[:count], list(tensors[count:])
-    opened = None if not tickets or tickets[0].grad_fn is None else metadata(tickets[0].grad_fn)
-    if opened is not None and _ERRORS not in opened:
+    seen = None if not tickets or tickets[0].grad_fn is None else metadata(tickets[0].grad_fn)
+    if seen is not None and _ERRORS not in seen:
         raise PassError(f"layer {state.label}: its compiled graph was cut in two{_buckets()}")
-    errors = [] if opened is None else opened[_ERRORS]
+    errors = [] if seen is None else seen[_ERRORS]
     return Call(state, [x.grad_fn for x in inputs if x.grad_fn is not None], tickets, errors, len(tickets))
 
 
@@ -242,7 +266,7 @@ def _buckets() -> str:
 def register() -> None:
     """Tell Dynamo about the functions above. Imports it, so it is not done before a layer is converted."""
     allow: Callable[..., Any] = torch.compiler.allow_in_graph
-    for function in (_opened, _closed, _joined, _exchanged):
+    for function in (opened, closed, joined, _exchanged):
         allow(function)
     constant: Callable[..., Any] = torch.compiler.assume_constant_result
     constant(prepare)
@@ -310,7 +334,7 @@ def call(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwar
         if inputs:
             # As in eager mode a leaf has none. To the graph itself all its inputs look alike.
             walls = tuple([state.wiring.skip == "cut" and not x.is_leaf for x in inputs])
-            tickets = _opened(key, state.name, state.written, state.fixed_outputs, walls, *inputs, *state.fixed)
+            tickets = opened(key, state.name, state.written, state.fixed_outputs, walls, *inputs, *state.fixed)
         args, kwargs = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
         y = forward(module, *args, **kwargs)
     else:
@@ -320,5 +344,5 @@ def call(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwar
     if state.role is Role.OUTPUT:
         state.wiring.errors = {}  # a compiled pass notes none, and that of an earlier pass is not its
     if state.joins_traced:
-        return _joined(y, key, state.name, len(inputs), *inputs, *tickets)
-    return _closed(y, key, state.name, len(inputs), *inputs, *tickets) if tickets else y
+        return joined(y, key, state.name, len(inputs), *inputs, *tickets)
+    return closed(y, key, state.name, len(inputs), *inputs, *tickets) if tickets else y

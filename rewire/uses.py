@@ -170,7 +170,7 @@ def call(use: Use, seat: Seat | None) -> Any:
     args: tuple[Any, ...] = (x if seat is None else seat.outer(x),)
     kwargs: dict[str, Any] = {}
     kind = _UseKind(use, inner, again)
-    index = _index(state, use)
+    index = input_of(state, use.view, use.owned.tensor, use.mixes)
     if seat is not None and seat.batched:
         state.layout = LAYOUTS[0 if seat.batch_first else 1]
     if state.observer is None:
@@ -182,18 +182,18 @@ def call(use: Use, seat: Seat | None) -> Any:
     return y
 
 
-def _index(state: LayerState, use: Use) -> int:
+def input_of(state: LayerState, view: Tensor, weight: Tensor, mixes: int | None) -> int:
     """Number of the input that meets the view of the weight: 0 for all of it, else 1 + the row it begins with.
 
     So each part of a weight that packs several layers (queries, keys, values) has a feedback of its own, and so
-    has the other direction of a weight that is used in both (1), as a tied decoder does.
+    has the other direction of a weight that is used in both (1), as a tied decoder does. ``mixes``: as in :class:`Use`.
     """
-    view, weight = use.view, use.owned.tensor
     if view is not weight and view.numel() != weight.numel():
         return 1 + int(view.storage_offset() - weight.storage_offset()) // max(int(weight.stride(0)), 1)
     usual = 0 if state.kind.transposed else 1
-    flat = use.mixes is not None and view.dim() == weight.dim() == 2
-    return 1 if flat and view.stride(use.mixes) != weight.stride(usual) else 0
+    if mixes is None or not view.dim() == weight.dim() == 2:
+        return 0
+    return 1 if view.stride(mixes) != weight.stride(usual) else 0
 
 
 def _followed(use: Use, learner: Learner, plain: bool) -> Use:
