@@ -93,11 +93,12 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     held: list[Tensor] = []
     fed: list[Call] = []
     to_hold: list[Call] = []
-    shape = y.shape
+    shape, dtype = y.shape, y.dtype
     nested = backward_id() != -1
-    plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2  # not len(y): slow, and once a layer
+    plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2
+    rows, features = shape if plain else (0, 0)
     for feeder in (call, *feeders):
-        arrives = others.get(feeder, error)
+        arrives = others.get(feeder, error) if others else error
         feeder.errors.append(arrives)
         if not nested:
             unguard(feeder)
@@ -105,8 +106,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
             lower.above.append(error)
         if feeder.mirrored is not None:
             x, rule, B = feeder.mirrored
-            fits = plain and y.dtype is B.dtype and x.size(0) == shape[0] and B.size(0) == shape[1]
-            if fits and arrives is error:
+            if plain and arrives is error and dtype is B.dtype and x.size(0) == rows and B.size(0) == features:
                 if feeder.tickets:
                     mirrored += feeder.tickets
                     fed.append(feeder)
