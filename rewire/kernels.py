@@ -99,7 +99,7 @@ class _Convolution(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gradient: WeightGradient, module: nn.Conv2d
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         ctx.gradient = gradient
         ctx.how = weight.shape, module.stride, module.padding
         return F.conv2d(x, weight, bias, module.stride, module.padding, 1, module.groups)
@@ -127,9 +127,11 @@ def forward_for(base: type[nn.Module]) -> Forward | None:
 
     def forward(module: nn.Conv2d, x: Tensor) -> Tensor:
         gradient = choose(module, x)
-        weight = module.weight
-        if gradient is None or type(weight) not in (Tensor, nn.Parameter):
+        if gradient is None:
             return nn.Conv2d.forward(module, x)
+        weight = module.weight  # once: a parametrization may do something each time
+        if type(weight) not in (Tensor, nn.Parameter):
+            return module._conv_forward(x, weight, module.bias)
         return _convolution(x, weight, module.bias, gradient, module)
 
     return forward

@@ -189,6 +189,34 @@ def test_a_forward_of_its_own_is_kept(used):
     torch.testing.assert_close(model.conv.weight.grad.sum(), torch.tensor(0.0), atol=1e-4, rtol=0)
 
 
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return 2 * weight
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_parametrized_weight_is_made_once(after, used):
+    model, x = net(*CHOICES["pixels, large map"][:2])
+    made = Counted()
+    if not after:
+        nn.utils.parametrize.register_parametrization(model.conv, "weight", made)
+    settled(model, x)
+    if after:
+        nn.utils.parametrize.register_parametrization(model.conv, "weight", made)
+    made.calls = 0
+    step(model, x)
+    assert made.calls == 1 and used[-1] is by_sample
+    twin = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels, "choose", lambda module, x: None)
+        step(twin, x)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 @ours
 def test_breaking_it_is_found(make, space, expected, monkeypatch):
     def wrong(delta, x, shape, stride, padding):
