@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch.nn.functional as F
@@ -103,6 +103,16 @@ def _with(linear: Callable[..., Any]) -> Callable[..., Any]:
     for name in _INSIDE:
         namespace[name] = within(namespace, vars(F)[name])
     return within(namespace, FUNCTION)
+
+
+def forward_with(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``nn.MultiheadAttention.forward``, with ``function`` in the place of ``F.multi_head_attention_forward``."""
+    functions = ModuleType("functional")
+    vars(functions).update({name: value for name, value in vars(F).items() if not name.startswith("__")})
+    vars(functions)[FUNCTION.__name__] = function
+    # Without a name the namespace is nobody's but ours, to Dynamo too.
+    own = {name: value for name, value in vars(nn.modules.activation).items() if name != "__name__"}
+    return within({**own, "F": functions}, nn.MultiheadAttention.forward)
 
 
 def within(namespace: dict[str, Any], function: Any) -> FunctionType:

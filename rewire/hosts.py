@@ -268,6 +268,11 @@ class Watch(TorchFunctionMode):
             self._look(func, args, kwargs, result)
         return result
 
+    def projection(self, func: Any, args: tuple[Any, ...], _: dict[str, Any], seat: attention.Seat) -> Any:
+        """:meth:`operation` for ``F.linear`` inside an attention, whose own weights are all there is to find."""
+        use = uses.of_linear(self.owner, *args) if torch.is_grad_enabled() else None
+        return func(*args) if use is None else uses.call(use, seat)
+
     def _note(self, owned: Owned) -> None:
         """Remember who used a weight: the innermost module around that the layer belongs to."""
         state = owned.state
@@ -347,8 +352,25 @@ def attend(
     watch: Any = Watch()
     watch.batch_first = module.batch_first
     watch.add(module, None, layers)
-    with watch:
-        return forward(module, *args, **kwargs)
+    if not attention.plain(module):
+        with watch:
+            return forward(module, *args, **kwargs)
+    token = _attending.set(watch)  # no mode, which is asked at every single operation
+    try:
+        return _forward(module, *args, **kwargs)
+    finally:
+        _attending.reset(token)
+
+
+def _function(*args: Any, **kwargs: Any) -> Any:
+    """In the place of ``F.multi_head_attention_forward``."""
+    watch = _attending.get()
+    assert watch is not None
+    return attention.attend(watch.projection, args, kwargs, watch.batch_first)
+
+
+_forward = attention.forward_with(_function)
+_attending: ContextVar[Watch | None] = ContextVar("rewire_attention", default=None)
 
 
 _active: ContextVar[Watch | None] = ContextVar("rewire_watch", default=None)

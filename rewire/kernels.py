@@ -131,7 +131,8 @@ def forward_for(base: type[nn.Module]) -> Forward | None:
             return nn.Conv2d.forward(module, x)
         weight = module.weight  # once: a parametrization may do something each time
         if type(weight) not in (Tensor, nn.Parameter):
-            return module._conv_forward(x, weight, module.bias)
+            y: Tensor = module._conv_forward(x, weight, module.bias)
+            return y
         return _convolution(x, weight, module.bias, gradient, module)
 
     return forward

@@ -11,11 +11,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewire import attention, traced
@@ -126,16 +124,7 @@ def _function(*args: Any, **kwargs: Any) -> Any:
     return _attended(*_inside[-1], args, kwargs)
 
 
-def _namespace() -> dict[str, Any]:
-    """That of ``nn.MultiheadAttention``, with the function above in it. Without a name, it is nobody's but ours."""
-    functions = ModuleType("functional")
-    vars(functions).update({name: value for name, value in vars(F).items() if not name.startswith("__")})
-    vars(functions)[attention.FUNCTION.__name__] = _function
-    own = {name: value for name, value in vars(nn.modules.activation).items() if name != "__name__"}
-    return {**own, "F": functions}
-
-
-_forward = attention.within(_namespace(), nn.MultiheadAttention.forward)
+_forward = attention.forward_with(_function)
 
 
 def call(

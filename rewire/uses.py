@@ -117,6 +117,14 @@ def find(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], owner: Owner)
     return None
 
 
+def of_linear(owner: Owner, x: Tensor, view: Tensor, bias: Tensor | None) -> Use | None:
+    """:func:`find` for ``F.linear(x, view, bias)``, without looking for what is what."""
+    owned = owner(view)
+    if owned is None or owned.tensor.shape != owned.weight.shape or x is view:
+        return None
+    return Use(owned, view, x, False, -1, lambda x, weight: linear(x, weight, bias), (linear, {"bias": bias}))
+
+
 def _other(func: Any, leaves: list[Any], place: int) -> int:
     """Where the other tensor of a product is; -1 if the weight is not a factor in one, or not one that mixes x."""
     if func is torch.einsum:
