@@ -228,3 +228,22 @@ def test_breaking_it_is_found(monkeypatch, rule):
     step(one_graph(model), sequences(6))
     with pytest.raises(AssertionError):
         same(twin, model)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_a_vision_transformer(rule):
+    pytest.importorskip("torchvision")
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    def net():
+        model = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
+        nn.init.normal_(model.heads.head.weight)  # zeros, as it is made
+        return model
+
+    def images(n):
+        g = torch.Generator().manual_seed(n)
+        return torch.randn(n, 3, 32, 32, generator=g), torch.randint(0, 3, (n,), generator=g)
+
+    model, twin = pair(net, images, rule)
+    step(one_graph(model), images(4)), step(twin, images(4))
+    same(twin, model)
