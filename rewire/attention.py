@@ -101,8 +101,8 @@ def _with(linear: Callable[..., Any]) -> Callable[..., Any]:
     """PyTorch's function, in a namespace where ``linear`` is ours and overrides have been seen to already."""
     namespace = {**vars(F), "linear": linear, "has_torch_function": lambda tensors: False}
     for name in _INSIDE:
-        namespace[name] = within(namespace, vars(F)[name])
-    return within(namespace, FUNCTION)
+        namespace[name] = _in(namespace, vars(F)[name])
+    return _in(namespace, FUNCTION)
 
 
 def forward_with(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,10 +112,10 @@ def forward_with(function: Callable[..., Any]) -> Callable[..., Any]:
     vars(functions)[FUNCTION.__name__] = function
     # Without a name the namespace is nobody's but ours, to Dynamo too.
     own = {name: value for name, value in vars(nn.modules.activation).items() if name != "__name__"}
-    return within({**own, "F": functions}, nn.MultiheadAttention.forward)
+    return _in({**own, "F": functions}, nn.MultiheadAttention.forward)
 
 
-def within(namespace: dict[str, Any], function: Any) -> FunctionType:
+def _in(namespace: dict[str, Any], function: Any) -> FunctionType:
     """``function``, with other globals."""
     made = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__)
     made.__kwdefaults__ = function.__kwdefaults__

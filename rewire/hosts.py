@@ -352,7 +352,7 @@ def attend(
     watch: Any = Watch()
     watch.batch_first = module.batch_first
     watch.add(module, None, layers)
-    if not attention.plain(module):
+    if not states[0].seated:
         with watch:
             return forward(module, *args, **kwargs)
     token = _attending.set(watch)  # no mode, which is asked at every single operation

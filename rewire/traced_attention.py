@@ -1,7 +1,7 @@
 """Attention's projections as part of a compiled graph (:mod:`rewire.attention`, :mod:`rewire.traced`).
 
 Dynamo traces ``nn.MultiheadAttention.forward`` up to its call of ``F.multi_head_attention_forward``. There
-it takes a function of ours into the graph as it is, which runs PyTorch's with its linear operations as calls of layers.
+it takes a function of ours into the graph as it is: PyTorch's own, with its linear operations run as calls of layers.
 """
 
 from __future__ import annotations
