@@ -78,7 +78,7 @@ def traceable(state: LayerState) -> bool:
     if state.idle:
         return True
     if isinstance(rule, LocalRule):
-        return (state.kind.exchanges or state.seated) and not rule.redraw and state.std is not None
+        return (state.kind.exchanges or state.seated) and state.std is not None
     if isinstance(rule, DirectRule):
         known = state.settled or (state.role is not Role.UNKNOWN and not state.shapes)  # nothing to hand back to
         return known and rule.in_graph() is not None
@@ -130,7 +130,9 @@ def _prepare(state: LayerState) -> None:
         state.fixed_outputs, state.fixed_inputs = outputs, indices
         state.fixed_as = tuple(Bs[place] for place in places)
         state.fixed = tuple(t for of_one in tensors if of_one is not None for t in of_one)
-    elif isinstance(rule, LocalRule) and rule.random and not rule.redraw:
+    elif isinstance(rule, LocalRule) and rule.redraw:
+        state.fixed = (state.counter(),)
+    elif isinstance(rule, LocalRule) and rule.random:
         if state.random_as is not None:
             state.fixed = (state.random(rule, *state.random_as),)
         state.plain = bool(state.fixed) or not state.fed

@@ -120,7 +120,7 @@ class LayerState:
         self.votes = 0
         self.sums: tuple[float, float] | None = None
         self.silent_passes = 0
-        self.draws = 0
+        self._draws: int | Tensor = 0
         self.local: object = None
         self.used: Tensor | None = None
         self.settled = False
@@ -165,6 +165,7 @@ class LayerState:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
         return {
             **self.__dict__,
+            "_draws": self.draws,
             "randoms": {},
             "routes": {},
             "made": {},
@@ -184,6 +185,25 @@ class LayerState:
     def label(self) -> str:
         """The name, quoted, for messages; the model itself has no name."""
         return repr(self.name) if self.name else "'' (the model itself)"
+
+    @property
+    def draws(self) -> int:
+        """How often its feedback was drawn anew."""
+        return int(self._draws)
+
+    @draws.setter
+    def draws(self, count: int) -> None:
+        if isinstance(self._draws, int):
+            self._draws = count
+        else:
+            self._draws.fill_(count)
+
+    def counter(self) -> Tensor:
+        """``draws`` as the tensor that a compiled graph counts with, int64: from now on that is where it is kept."""
+        if isinstance(self._draws, int):
+            with torch.inference_mode(False):
+                self._draws = torch.tensor(self._draws, device="cpu")
+        return self._draws
 
     @property
     def active(self) -> bool:

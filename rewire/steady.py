@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewire.edges import READ_REPEATED, Look, guard, hook, port
+from rewire.edges import READ_REPEATED, Look, alias, guard, hook, port
 from rewire.exchange import exchange, exchangeable, swapped
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.local_weights import LocalWeight, local_weight
-from rewire.marks import finish, mark, mark_all
+from rewire.marks import finish, mark, mark_all, sources_of
 from rewire.nodes import Node
 from rewire.passes import CALL, Call, OutputError
 from rewire.run import idle, run
@@ -163,8 +163,14 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
     if _backward_id() != -1:
         return run(state, module, forward, (x,), {})
     y = _exchanged(state, module, forward, x)
-    if type(y) is not Tensor or not y.requires_grad or y._is_view():
+    if y is None:
         return run(state, module, forward, (x,), {})
+    if not y.requires_grad:
+        return idle(state, y)
+    if type(y) is not Tensor:
+        return finish(state, y, sources_of((x,), {}), [], [], 0)
+    if y._is_view():
+        y = alias(y)  # as in :func:`rewire.marks.mark`
     state.called = True
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), None)

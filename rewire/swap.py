@@ -167,7 +167,7 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
 _disable: Callable[..., Any] = torch.compiler.disable
 _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
-    "the first compiled one: it finds the output layers and measures scales. Not compiled at all: brsf, feedback "
+    "the first compiled one: it finds the output layers and measures scales. Not compiled at all: feedback "
     "that learns or does not say of which tensors it is made, weights that other modules use, attention with a forward "
     "of its own, on_nonfinite"
 )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from rewire import ready
+from rewire import ready, redraw
 from rewire.distributed import in_parallel_forward
 from rewire.edges import Wall, alias, check, wall_at
 from rewire.errors import PassError
@@ -135,6 +135,28 @@ class _Given(BackwardWeight):
         return self.rule.backward_weight(whole, random, self.scale)[self.rows]
 
 
+class _Redrawn(_Given):
+    """The same where R is drawn in the backward. ``number``: of the draw."""
+
+    def __init__(self, state: LayerState, number: Tensor, whole: Tensor | None, rows: slice | None) -> None:
+        assert isinstance(state.rule, LocalRule) and state.std is not None
+        super().__init__(state.rule, None, state.std, whole, rows)
+        self.state = state
+        self.number = number
+
+    def later(self, weight: Tensor) -> Callable[[], Tensor]:
+        whole = weight if self.rows is None or self.whole is None else self.whole
+        wiring, name = self.state.wiring, self.state.name
+        like = (list(whole.shape), weight.dtype, weight.device)
+
+        def make() -> Tensor:
+            own = (str(wiring.seed), name, self.scale, self.rule.magnitude)
+            R = redraw.operations().draw(self.number, *like, *own)
+            return self.combine(weight if self.keep else None, R)
+
+        return make
+
+
 # -- functions that Dynamo takes into the graph as they are ----------------------------------------------
 
 
@@ -223,7 +245,10 @@ def exchanged(
     assert isinstance(state.rule, LocalRule) and state.std is not None
     if state.rule.random and not random:
         raise PassError(f"layer {state.label} has no feedback yet: run one ordinary training step first")
-    backward = _Given(state.rule, random[0] if random else None, state.std, whole, rows)
+    if state.rule.redraw:
+        backward: _Given = _Redrawn(state, redraw.operations().count(random[0]), whole, rows)
+    else:
+        backward = _Given(state.rule, random[0] if random else None, state.std, whole, rows)
     if y.grad_fn is not None and not exchange(y, backward, transposed=state.kind.transposed):
         raise PassError(f"layer {state.label}: torch.compile made something of its operation that the rule cannot use")
     return y

@@ -303,3 +303,27 @@ def test_frozen_layers_between():
     by_hand(model, x, y)
     for name, g in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, g)
+
+
+# -- an output layer of tokens ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "usf", "brsf", "dfa"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_layer_of_tokens_runs_once_a_pass(monkeypatch, rule, bias):
+    torch.manual_seed(0)
+    model = rewire.convert(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3, bias=bias)), rule)
+    x = randn(4, 7, 5).float()
+    for _ in range(3):
+        model(x).sum().backward()
+    before = state_of(model[2]).draws
+    runs = []
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: runs.append(self) or plain(self, x))
+    y = model(x)
+    assert [id(m) for m in runs] == [id(model[0]), id(model[2])]
+    assert state_of(model[2]).draws - before == (rule == "brsf")
+    assert not y._is_view()
+    y.mul_(2).sum().backward()
+    if rule != "bp":
+        torch.testing.assert_close(rewire.output_error(model), torch.full_like(y, 2))

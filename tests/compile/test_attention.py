@@ -13,7 +13,7 @@ from rewire import traced_attention
 
 from .nets import error, one_graph, pair, same, step
 
-RULES = ["bp", "fa", "usf", "frsf", "dfa", "sdfa", "drtp", "shallow"]
+RULES = ["bp", "fa", "usf", "frsf", "brsf", "dfa", "sdfa", "drtp", "shallow"]
 
 
 class Net(nn.Module):

@@ -33,7 +33,7 @@ from .nets import (
     vectors,
 )
 
-RULES = ["bp", "fa", "usf", "frsf", "dfa", "sdfa", "drtp", "shallow"]
+RULES = ["bp", "fa", "usf", "frsf", "brsf", "dfa", "sdfa", "drtp", "shallow"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -95,7 +95,7 @@ def test_fullgraph_before_the_first_pass_says_what_to_do():
 
 
 def test_what_cannot_be_compiled_runs_outside():
-    model, twin = pair(Mixed, images, "brsf")
+    model, twin = pair(Mixed, images, "kp")
     compiled = torch.compile(model, backend="aot_eager")
     for n in (6, 4):
         step(compiled, images(n)), step(twin, images(n))
