@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
 
 _SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
-_HELD = 2**19  # numbers that all layers' feedback may have where all of it is made at once: what a cache holds
+_HELD = 2**18  # numbers that all layers' feedback may have where all of it is made at once: what a cache holds
 
 
 def hand_back(

@@ -121,7 +121,7 @@ class _Convolution(Function):
 _linear_forward = nn.Linear.forward
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
+def linear(module: nn.Module, x: Tensor) -> Tensor:
     """``nn.Linear.forward`` without its two detours by ``nn.Module.__getattr__``, which small layers feel."""
     own = module._parameters
     if nn.Linear.forward is _linear_forward and "weight" in own and "bias" in own:
@@ -133,7 +133,7 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
 def forward_for(base: type[nn.Module]) -> Forward | None:
     """The forward of layers of class ``base`` for inputs that need no gradient; None: their own is as good."""
     if base.forward is _linear_forward:
-        return None if hasattr(base, "weight") or hasattr(base, "bias") else _linear  # a parametrization's
+        return None if hasattr(base, "weight") or hasattr(base, "bias") else linear  # a parametrization's
     if not issubclass(base, nn.Conv2d):
         return None
     if base.forward is not nn.Conv2d.forward or base._conv_forward is not nn.Conv2d._conv_forward:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rewire.edges import READ_REPEATED, Look, alias, guard, hook, port
 from rewire.exchange import exchange, exchangeable, swapped
+from rewire.kernels import linear
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.local_weights import LocalWeight, local_weight
 from rewire.marks import finish, mark, mark_all, sources_of
@@ -25,6 +26,9 @@ from rewire.state import LayerState
 _backward_id: Callable[[], int] = torch._C._current_graph_task_id
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+_VIEWED = 2**16  # numbers of an output
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
@@ -52,16 +56,36 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         ticket = port(x, (state, state.rule, errors, 0, None, None, None))
         call = Call(state, [] if node is None else [node], [ticket], errors, 1)
     y = forward(module, x.detach())
-    if type(y) is not Tensor or not y.requires_grad or y._is_view():
+    if type(y) is not Tensor or not y.requires_grad or (y._is_view() and not _small(y, forward)):
         if not call.tickets and not (isinstance(y, Tensor) and y.requires_grad):
             # A frozen layer: something has to tie y to the graph.
             call.mirrored, call.ports = None, 1
             call.tickets = [port(x, (state, state.rule, errors, 0, None, None, None))]
         return mark(state, call, y, joins=False) if isinstance(y, Tensor) else mark_all(state, call, y, joins=False)
-    made = y.grad_fn
-    made.metadata[CALL] = call  # type: ignore[union-attr, index]
-    guard(y, made, call)  # type: ignore[arg-type]
+    guard(*_leave(y, call), call)
     return y
+
+
+def _small(y: Tensor, forward: Forward) -> bool:
+    """Whether a view of what a linear layer made may stay one.
+
+    An alias in its place costs microseconds, but in-place operations on a view cost more than on other tensors.
+    """
+    return forward is linear and y.numel() <= _VIEWED
+
+
+def _leave(y: Tensor, call: Call) -> tuple[Tensor, Node]:
+    """Leave ``call`` at y, the result of an operation or a linear layer's view of it; returns that result and its node.
+
+    An in-place operation on a view replaces the view's node, but not the one of what it is a view of.
+    """
+    made: Any = y.grad_fn
+    made.metadata[CALL] = call
+    if y._is_view():
+        y = y._base  # type: ignore[assignment]
+        made = y.grad_fn
+        made.metadata[CALL] = call
+    return y, made
 
 
 def _mirrors(state: LayerState, x: Tensor, node: Node | None) -> bool:
@@ -100,9 +124,9 @@ def _first(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) ->
         return idle(state, y)
     if state.idle:
         state.wake()
-    if y._is_view():
+    if y._is_view() and not _small(y, forward):
         return finish(state, y, [], [], [], 0)
-    y.grad_fn.metadata[CALL] = Call(state, [], [], [])  # type: ignore[union-attr, index]
+    _leave(y, Call(state, [], [], []))
     return y
 
 

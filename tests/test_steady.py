@@ -327,3 +327,58 @@ def test_an_output_layer_of_tokens_runs_once_a_pass(monkeypatch, rule, bias):
     y.mul_(2).sum().backward()
     if rule != "bp":
         torch.testing.assert_close(rewire.output_error(model), torch.full_like(y, 2))
+
+
+# -- hidden layers of tokens, whose output is a view of what the operation made ---------------------------------------
+
+
+class Viewed(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.inplace, self.lost = inplace, False
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        y = self.middle(h)
+        self.seen = y
+        y = y.tanh_() if self.inplace else torch.tanh(y)
+        return y if self.lost else self.head(y.mean(1))
+
+
+@pytest.fixture(params=[0, 2**16], ids=["aliases", "views"])
+def viewed(request, monkeypatch):
+    monkeypatch.setattr(steady, "_VIEWED", request.param)
+    return request.param > 0
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_tokens(viewed, inplace):
+    torch.manual_seed(0)
+    x = randn(6, 3, 5)
+    model = settled(rewire.convert(Viewed(inplace).double(), "dfa", scale=0.5), x, loss_of, 3)
+    model.zero_grad()
+    seen = []
+    out = model(x)
+    assert model.middle(x.new_ones(6, 3, 6))._is_view() is viewed
+    if not inplace:
+        model.seen.register_hook(seen.append)
+    loss_of(out).backward()
+    B, e = rewire.feedback(model), e_of(out)
+    with torch.no_grad():
+        h = torch.tanh(nn.Linear.forward(model.first, x))
+        y = torch.tanh(nn.Linear.forward(model.middle, h))
+    deltas = {"first": (e @ B["middle"])[:, None] * (1 - h**2), "middle": (e @ B["head"])[:, None] / 3 * (1 - y**2)}
+    for (name, delta), below in zip(deltas.items(), (x, h), strict=True):
+        torch.testing.assert_close(model.get_submodule(name).weight.grad, torch.einsum("nto,nti->oi", delta, below))
+    if not inplace:
+        torch.testing.assert_close(seen[0], deltas["middle"])
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_tokens_that_no_error_reaches(viewed, inplace):
+    x = randn(6, 3, 5)
+    model = settled(rewire.convert(Viewed(inplace).double(), "dfa"), x, loss_of, 3)
+    model.lost = True
+    with pytest.raises(PassError, match="layer 'middle' got a gradient"):
+        model(x).sum().backward()
