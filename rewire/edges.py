@@ -183,32 +183,23 @@ class Probe(Function):
 class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
-    A ticket B xᵀ, which :func:`rewire.steady.steady_direct` makes where n is small, gets the rule's signal of e as its
-    gradient, transposed, and PyTorch's own product hands e B on to x. Where e B itself is small, x takes the ticket's
-    place and gets it here. Such inputs come last, in this order; ``mirrored`` and ``held`` are their calls.
+    Some of what it takes is handed a gradient here. A ticket B xᵀ, which :func:`rewire.steady.steady_direct` makes
+    where n is small, gets the rule's signal of e, transposed, and PyTorch's own product hands e B on to x. Where e B
+    itself is small, x takes the ticket's place and gets it.
 
     Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
     layer under a direct rule).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        state: LayerState,
-        error: OutputError | None,
-        nested: bool,
-        mirrored: list[Call],
-        held: list[Call],
-        *tickets: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, error: OutputError | None, handed: list[Handed], *tensors: Tensor) -> Tensor:
+        """
+        Args:
+            handed: of the last ones of ``tensors``, in their order; the others are tickets nobody reads.
+        """
         ctx.set_materialize_grads(False)
-        ctx.state, ctx.error, ctx.nested = state, error, nested
-        ctx.tickets = len(tickets) - len(mirrored) - len(held)
-        if mirrored or held:
-            ctx.rules = [call.mirrored[1] for call in mirrored if call.mirrored is not None]
-            ctx.held = [(x.shape, rule, B) for x, rule, B in (c.mirrored for c in held if c.mirrored is not None)]
-        ctx.calls = [*mirrored, *held]
+        ctx.error, ctx.handed = error, handed
+        ctx.tickets = len(tensors) - len(handed)
         # Here, inside a Function, an alias that is no view, and that shares y's version counter: changing it in
         # place is allowed or refused exactly as for y itself.
         return y.detach()
@@ -216,25 +207,42 @@ class Join(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         error: OutputError | None = ctx.error
-        mirrored: list[Tensor | None] = [None] * len(ctx.calls)
+        handed: list[Handed] = ctx.handed
+        fed: list[Tensor | None] = [None] * len(handed)
         if error is not None and gradient is not None:
-            if ctx.nested:
-                raise PassError(reentrant_message(ctx.state.label))
-            if ctx.state.wiring.error_reached(ctx.state, error, gradient):
-                if ctx.calls:
-                    mirrored = [error.signal(rule).t() for rule in ctx.rules]
-                    mirrored += [_spread(error.signal(rule) @ B, shape) for shape, rule, B in ctx.held]
-                    if not _graph_is_kept():
-                        for call in ctx.calls:  # x need not outlive its own layer's backward
-                            call.mirrored = None
-                            call.tickets = []
+            state = error.state
+            if error.nested:
+                raise PassError(reentrant_message(state.label))
+            if state.wiring.error_reached(state, error, gradient):
+                if handed:
+                    fed = _made(handed, error)
                 error.let_go()
-        return (gradient, None, None, None, None, None, *(None,) * ctx.tickets, *mirrored)
+        return (gradient, None, None, *(None,) * ctx.tickets, *fed)
 
 
-def _spread(fed: Tensor, shape: torch.Size) -> Tensor:
-    """(N, features) as (N, features) or (N, positions..., features): the same at all positions."""
-    return fed if len(shape) == 2 else fed.view(shape[0], *(1,) * (len(shape) - 2), shape[-1]).expand(shape)
+# What a join hands to one input of its own: the call that the input is of, the shape of x, or None if the input is
+# the ticket B xᵀ, the rule, and B.
+Handed = tuple[Call, torch.Size | None, "DirectRule", Tensor]
+
+
+def _made(handed: list[Handed], error: OutputError) -> list[Tensor | None]:
+    fed: list[Tensor | None] = []
+    free = not _graph_is_kept()
+    newest: DirectRule | None = None
+    for call, shape, rule, B in handed:
+        if rule is not newest:
+            newest, signal = rule, error.signal(rule)
+        if shape is None:
+            fed.append(signal.t())
+        elif len(shape) == 2:
+            fed.append(torch.mm(signal, B))
+        else:  # (N, positions..., features): the same at all positions
+            eB = torch.mm(signal, B).view(shape[0], *(1,) * (len(shape) - 2), shape[-1])
+            fed.append(eB.expand(shape))
+        if free:  # x need not outlive its own layer's backward
+            call.mirrored = None
+            call.tickets = []
+    return fed
 
 
 class Project(Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.bypass import direct_uses
-from rewire.edges import alias, check, guard, join, port, unguard
+from rewire.edges import Handed, alias, check, guard, join, port, unguard
 from rewire.nodes import Node
 from rewire.passes import (
     Call,
@@ -59,7 +59,7 @@ def mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     if joins:
         y = _join(state, call, y)
     elif call.tickets and not y.requires_grad:
-        y = join(y, state, None, False, [], [], *call.tickets)  # frozen: keeps the graph in one piece
+        y = join(y, None, [], *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
         # An in-place operation on a view would replace its graph node, and the call left there with it.
         y = alias(y)
@@ -89,12 +89,10 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     feeders = upstream(call.sources, wiring)
     others = errors_below(call, error, y) if wiring.pours or not wiring.looked else {}
     tickets: list[Tensor] = []
-    mirrored: list[Tensor] = []
-    held: list[Tensor] = []
-    fed: list[Call] = []
-    to_hold: list[Call] = []
+    handed: list[Handed] = []
+    inputs: list[Tensor] = []
     shape, dtype = y.shape, y.dtype
-    nested = backward_id() != -1
+    nested = error.nested = backward_id() != -1
     plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2
     rows, features = shape if plain else (0, 0)
     for feeder in (call, *feeders):
@@ -108,22 +106,22 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
             x, rule, B = feeder.mirrored
             if plain and arrives is error and dtype is B.dtype and x.size(0) == rows and B.size(0) == features:
                 if feeder.tickets:
-                    mirrored += feeder.tickets
-                    fed.append(feeder)
+                    inputs += feeder.tickets
+                    handed.append((feeder, None, rule, B))
                 else:
-                    held.append(x)
-                    to_hold.append(feeder)
+                    inputs.append(x)
+                    handed.append((feeder, x.shape, rule, B))
             else:  # not the output that B is for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [arrives], 0, None, None, None)))
                 error.ports += 1
             continue
         tickets.extend(feeder.tickets)
         error.ports += feeder.ports
-    if not y.requires_grad and not tickets and not mirrored and not held:
+    if not y.requires_grad and not tickets and not inputs:
         return y
     call.own.append(error)
     call.feeders = feeders
-    joined = join(y, state, error, nested, fed, to_hold, *tickets, *mirrored, *held)
+    joined = join(y, error, handed, *tickets, *inputs)
     if stream is not None:
         stream.joined(error, joined)
     return joined

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
     from rewire.wiring import Wiring
 
+_LEAF: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _ALWAYS = -3  # in place of the number of a backward pass
 CALL = "rewire.call"  # where a call lies in the metadata of its output's graph node
 
@@ -42,6 +43,7 @@ class OutputError:
         shared: what structures of feedback make of e once per pass, for all layers.
         above: errors further downstream. If a gradient came from one of them, this layer was not where the
             loss looked, and e here counts for nobody: neither then nor in later backwards of the pass.
+        nested: the output layer ran inside a backward pass.
         pick: how the rows of the output layer's input, and so of e, were picked from the batch, if they were.
         ports: how many inputs of upstream calls will ask for e.
         voted: this pass counted towards the layer being an output layer.
@@ -57,6 +59,7 @@ class OutputError:
         "above",
         "axis",
         "error",
+        "nested",
         "pick",
         "ports",
         "shared",
@@ -71,6 +74,7 @@ class OutputError:
         self.targets = targets
         self.above: list[OutputError] = []
         self.error: Tensor | None = None
+        self.nested = False
         self.pick: Pick | None = None
         self.ports = 0
         self.voted = False
@@ -86,7 +90,7 @@ class OutputError:
         """Take the gradient at this layer's output; True if it is an output error."""
         now = backward_id()
         self._seen = now
-        if self._hidden or any(error._seen == now for error in self.above):
+        if self._hidden or (self.above and any(error._seen == now for error in self.above)):
             self._hidden = True
             return False
         self._arrived = now
@@ -268,7 +272,7 @@ def upstream(sources: Iterable[Node], wiring: Wiring) -> list[Call]:
         call: Call | None = metadata(node).get(CALL)
         if call is None:
             for parent, _ in node.next_functions:
-                if parent is not None:
+                if parent is not None and type(parent) is not _LEAF:
                     stack.append(parent)
             continue
         # From here only the inputs matter; how the layer's own weights were made does not.

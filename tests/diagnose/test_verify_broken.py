@@ -96,14 +96,14 @@ def test_a_join_that_hands_back_something_else(monkeypatch, how):
         loss_of(m(X)).backward()
     plain, used = marks.join, []
 
-    def broken(y, state, error, nested, mirrored, held, *tickets):
-        tickets = [*tickets]
-        for i, call in enumerate(held, len(tickets) - len(held)):
-            if call.state.name == "2":
+    def broken(y, error, handed, *tensors):
+        tensors = [*tensors]
+        for i, (call, shape, *_) in enumerate(handed, len(tensors) - len(handed)):
+            if call.state.name == "2" and shape is not None:
                 used.append(call)
-                tickets[i] = tickets[i].clone()
-                tickets[i].register_hook(TAMPER[how])
-        return plain(y, state, error, nested, mirrored, held, *tickets)
+                tensors[i] = tensors[i].clone()
+                tensors[i].register_hook(TAMPER[how])
+        return plain(y, error, handed, *tensors)
 
     monkeypatch.setattr(marks, "join", broken)
     check(m, "2")
