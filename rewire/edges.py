@@ -183,9 +183,7 @@ class Probe(Function):
 class Join(Function):
     """Identity on a layer's output y that takes tickets; backward: the gradient at y is e.
 
-    Some of what it takes is handed a gradient here. A ticket B xᵀ, which :func:`rewire.steady.steady_direct` makes
-    where n is small, gets the rule's signal of e, transposed, and PyTorch's own product hands e B on to x. Where e B
-    itself is small, x takes the ticket's place and gets it.
+    Where e B is small, x itself takes the ticket's place and is handed it here.
 
     Also used without an ``error`` to keep the graph in one piece where y alone has no gradient (a frozen
     layer under a direct rule).
@@ -195,7 +193,7 @@ class Join(Function):
     def forward(ctx: Any, y: Tensor, error: OutputError | None, handed: list[Handed], *tensors: Tensor) -> Tensor:
         """
         Args:
-            handed: of the last ones of ``tensors``, in their order; the others are tickets nobody reads.
+            handed: of the last ones of ``tensors``, in their order; the others are tickets.
         """
         ctx.set_materialize_grads(False)
         ctx.error, ctx.handed = error, handed
@@ -220,9 +218,8 @@ class Join(Function):
         return (gradient, None, None, *(None,) * ctx.tickets, *fed)
 
 
-# What a join hands to one input of its own: the call that the input is of, the shape of x, or None if the input is
-# the ticket B xᵀ, the rule, and B.
-Handed = tuple[Call, torch.Size | None, "DirectRule", Tensor]
+# What a join hands e B to: the call whose x it is, the shape of x, the rule, and B.
+Handed = tuple[Call, torch.Size, "DirectRule", Tensor]
 
 
 def _made(handed: list[Handed], error: OutputError) -> list[Tensor | None]:
@@ -232,16 +229,13 @@ def _made(handed: list[Handed], error: OutputError) -> list[Tensor | None]:
     for call, shape, rule, B in handed:
         if rule is not newest:
             newest, signal = rule, error.signal(rule)
-        if shape is None:
-            fed.append(signal.t())
-        elif len(shape) == 2:
+        if len(shape) == 2:
             fed.append(torch.mm(signal, B))
         else:  # (N, positions..., features): the same at all positions
             eB = torch.mm(signal, B).view(shape[0], *(1,) * (len(shape) - 2), shape[-1])
             fed.append(eB.expand(shape))
         if free:  # x need not outlive its own layer's backward
             call.mirrored = None
-            call.tickets = []
     return fed
 
 

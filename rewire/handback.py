@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rewire.picks import Pick
     from rewire.state import LayerState
 
-_SMALL = 64  # features of e up to which a product with B in the forward costs less than a node of ours in the backward
 _HELD = 2**18  # numbers that all layers' feedback may have where all of it is made at once: what a cache holds
 
 
@@ -114,7 +113,7 @@ def project(
         state.last = key, route, feedback
         state.mirror, state.repeats = None, route.repeats
         if (route.plain or route.repeats) and len(state.wiring.outputs) == 1 and type(feedback) is Tensor:
-            state.mirror = feedback if feedback.shape[0] <= _SMALL else None
+            state.mirror = feedback
             wiring, columns = state.wiring, feedback.shape[1]
             wiring.held += columns - state.held
             wiring.held_rows, state.held = _HELD // max(wiring.held, 1), columns

@@ -105,12 +105,8 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
         if feeder.mirrored is not None:
             x, rule, B = feeder.mirrored
             if plain and arrives is error and dtype is B.dtype and x.size(0) == rows and B.size(0) == features:
-                if feeder.tickets:
-                    inputs += feeder.tickets
-                    handed.append((feeder, None, rule, B))
-                else:
-                    inputs.append(x)
-                    handed.append((feeder, x.shape, rule, B))
+                inputs.append(x)
+                handed.append((feeder, x.shape, rule, B))
             else:  # not the output that B is for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [arrives], 0, None, None, None)))
                 error.ports += 1

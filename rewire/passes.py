@@ -186,8 +186,8 @@ class Call:
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
         guard: hooks of its output, :func:`rewire.edges.check` among them until an output error is sure to come.
-        mirrored: (x, rule, B), if the ticket is B xᵀ, or if there is none and the join itself hands e B to x. Let go in
-            the backward that frees the graph.
+        mirrored: (x, rule, B), if there is no ticket and the join itself hands e B to x. Let go in the backward that
+            frees the graph.
     """
 
     __slots__ = (

@@ -47,10 +47,8 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     errors: list[OutputError] = []
     B = state.mirror
     if B is not None and x.dtype is B.dtype and x.device == B.device and not _autocast() and _mirrors(state, x, node):
-        # e B is what the backward of B xᵀ makes of eᵀ: a ticket with a value, and no node of ours. If e B is small it
-        # may as well be made as soon as e is known, and needs no ticket at all.
-        tickets = [] if x.dim() > 2 or x.size(0) <= state.wiring.held_rows else [_ticket(x, B)]
-        call = Call(state, [] if node is None else [node], tickets, errors)
+        # e B is small: it is made as soon as e is known, by the join, which needs x itself and no ticket.
+        call = Call(state, [] if node is None else [node], [], errors)
         call.mirrored = x, state.rule, B  # type: ignore[assignment]
     else:
         ticket = port(x, (state, state.rule, errors, 0, None, None, None))
@@ -89,32 +87,20 @@ def _leave(y: Tensor, call: Call) -> tuple[Tensor, Node]:
 
 
 def _mirrors(state: LayerState, x: Tensor, node: Node | None) -> bool:
-    """Whether ``state.mirror`` is the B of an input like x, and its feedback may be made by the join.
+    """Whether ``state.mirror`` is the B of an input like x, and few enough numbers are e B for the join to make it.
 
     Feedback that is the same at all positions is handed over unwritten, so that is for whatever made x.
     """
+    if x.dim() < 2 or x.size(0) > state.wiring.held_rows:
+        return False
     if not state.repeats:
         return x.dim() == 2
-    samples = x.size(0)
     return (
         x.dim() > 2
-        and samples != x.size(1)  # which of the two is the batch could not be told
-        and samples <= state.wiring.held_rows
+        and x.size(0) != x.size(1)  # which of the two is the batch could not be told
         and node is not None
         and node.name() in READ_REPEATED
     )
-
-
-def _ticket(x: Tensor, B: Tensor) -> Tensor:
-    """B xᵀ, of which only its place in the graph is wanted: the numbers take no memory.
-
-    The backward of x Bᵀ makes the same of eᵀ; its forward, few columns of long rows, takes twice as long.
-    """
-    ticket = torch.mm(B, x.t())
-    # Other kinds of tensors and devices may keep their numbers in another way.
-    if type(ticket) is Tensor and (ticket.is_cpu or ticket.is_cuda):
-        ticket.untyped_storage().resize_(0)
-    return ticket
 
 
 def _first(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:

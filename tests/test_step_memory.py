@@ -40,7 +40,7 @@ def _peaks(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("shape", [(8192, 64), (64, 128, 64)])
 def test_no_more_than_backprop(shape: tuple[int, ...]) -> None:
-    """Where e B is a product of PyTorch's own, and where a port makes it."""
+    """Where a port makes e B, for each sample or for each of its tokens."""
     backprop, direct, one_layer = _peaks(shape)
     assert direct <= backprop + one_layer  # e B lives beside the tensor it is made for
     assert direct <= 1.01 * backprop

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rewire
-from rewire import exchange, handback, local_weights, passes, steady
+from rewire import edges, exchange, handback, local_weights, passes
 from rewire.rules.direct import DFA
 from rewire.rules.local import USF
 
@@ -210,8 +210,9 @@ def other_feedback(self, name, value):
     object.__setattr__(self, name, value)
 
 
-# The short ways that nearly every call takes: exchanged weights (local rules); tickets x Bᵀ, or e B made by the join
-# itself where it is small (direct rules).
+feed = edges._feed
+# The short ways that nearly every call takes: exchanged weights (local rules); ports, or e B made by the join itself
+# where it is small (direct rules).
 MECHANISM = {
     "W is kept as it is": ("frsf", exchange.Exchange, "pack", lambda self, kept: kept),
     "W comes back as it is": (
@@ -221,18 +222,18 @@ MECHANISM = {
         lambda self, packed: packed[0].t() if self.turned else packed[0],
     ),
     "B is turned round": ("fa", local_weights.LocalWeight, "combine", lambda self, W, R: R.flip(0)),
-    "the ticket is twice B xᵀ": ("dfa", steady, "_ticket", lambda x, B: torch.mm(2 * B, x.t())),
-    "the ticket is none": ("dfa", steady, "_ticket", lambda x, B: torch.mm(B, x.t()).detach()),
+    "the port hands back twice e B": ("dfa", edges, "_feed", lambda ctx: 2 * feed(ctx)),
+    "the port hands back nothing": ("dfa", edges, "_feed", lambda ctx: None),
     "the join hands back another B": ("dfa", passes.Call, "__setattr__", other_feedback),
     "the join hands back e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),
-    "the ticket gets e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),
+    "the port hands back e as it is": ("sdfa", passes.OutputError, "signal", lambda self, rule: self.error),
 }
 
 
 @pytest.mark.parametrize("how", MECHANISM)
 def test_breaking_the_mechanism_is_found(monkeypatch, how):
     rule, owner, name, wrong = MECHANISM[how]
-    if "the ticket" in how:
+    if "the port" in how:
         monkeypatch.setattr(handback, "_HELD", 0)
     check_rule(Problem("mlp"), rule)
     monkeypatch.setattr(owner, name, wrong)
@@ -241,7 +242,7 @@ def test_breaking_the_mechanism_is_found(monkeypatch, how):
 
 
 @pytest.mark.parametrize("rule", [rule for rule in ALIVE if rule in RULES])
-@pytest.mark.parametrize("held", [0, 2**19], ids=["tickets", "held"])
+@pytest.mark.parametrize("held", [0, 2**19], ids=["ports", "held"])
 def test_both_short_ways_are_right(monkeypatch, held, rule):
     monkeypatch.setattr(handback, "_HELD", held)
     check_rule(Problem("mlp"), rule)
