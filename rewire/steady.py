@@ -79,11 +79,11 @@ def _leave(y: Tensor, call: Call) -> tuple[Tensor, Node]:
     """
     made: Any = y.grad_fn
     made.metadata[CALL] = call
-    if y._is_view():
-        y = y._base  # type: ignore[assignment]
-        made = y.grad_fn
-        made.metadata[CALL] = call
-    return y, made
+    base = y._base if y._is_view() else None
+    if base is None or base.grad_fn is None:
+        return y, made
+    base.grad_fn.metadata[CALL] = call  # type: ignore[index]
+    return base, base.grad_fn
 
 
 def _mirrors(state: LayerState, x: Tensor, node: Node | None) -> bool:
