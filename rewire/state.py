@@ -63,7 +63,7 @@ class LayerState:
         settled: role and scale are known: ports and tickets from now on.
         steady: nothing special about its calls: a key of :data:`rewire.steady.STEADY`, the short ways through a call.
         called: as an output layer on the short way, since an error last arrived.
-        mirror: B, if it is small and e B all there is to its feedback: :func:`rewire.steady.steady_direct` uses it.
+        mirror: B, if e B is all there is to its feedback: what the join multiplies with where e B is small.
         repeats: ``mirror`` is of inputs (N, positions..., features), the same at all positions.
         held: how many numbers for each sample the join may have to make for it (:class:`rewire.edges.Join`).
         written: the rule as it is written: another rule makes another compiled graph (:mod:`rewire.traced`).

@@ -27,8 +27,7 @@ _backward_id: Callable[[], int] = torch._C._current_graph_task_id
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
-
-_VIEWED = 2**16  # numbers of an output
+_VIEWED = 2**16  # numbers that an output may have whose view is left as it is: see _small
 
 
 def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:

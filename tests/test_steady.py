@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rewire
-from rewire import steady
+from rewire import handback, steady
 from rewire.errors import PassError
 from rewire.rules.direct import DFA
 from rewire.swap import state_of
@@ -382,3 +382,23 @@ def test_tokens_that_no_error_reaches(viewed, inplace):
     model.lost = True
     with pytest.raises(PassError, match="layer 'middle' got a gradient"):
         model(x).sum().backward()
+
+
+# -- many outputs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [0, 2**18], ids=["ports", "held"])
+def test_more_outputs_than_features(monkeypatch, held):
+    monkeypatch.setattr(handback, "_HELD", held)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 100)).double()
+    settled(rewire.convert(model, "dfa", scale=0.5), X, lambda y: y.square().sum(), 3)
+    model.zero_grad()
+    out = model(X)
+    out.square().sum().backward()
+    B, e = rewire.feedback(model), 2 * out.detach()
+    with torch.no_grad():
+        h = [X, model[:2](X), model[:4](X)]
+    for i, above in ((0, "2"), (2, "4")):
+        delta = e @ B[above] * (1 - h[i // 2 + 1] ** 2)
+        torch.testing.assert_close(model[i].weight.grad, delta.T @ h[i // 2])
