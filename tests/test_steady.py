@@ -402,3 +402,18 @@ def test_more_outputs_than_features(monkeypatch, held):
     for i, above in ((0, "2"), (2, "4")):
         delta = e @ B[above] * (1 - h[i // 2 + 1] ** 2)
         torch.testing.assert_close(model[i].weight.grad, delta.T @ h[i // 2])
+
+
+@pytest.mark.parametrize("rules", [("dfa", "sdfa"), ("sdfa", "dfa")])
+def test_two_rules_of_one_error(rules):
+    """Each layer is handed what its own rule makes of e, also where the join makes it for all."""
+    model = ready("dfa", layers=dict(zip(("2", "4"), rules, strict=True)), scale=0.5)
+    y = model(X)
+    loss_of(y).backward()
+    B = rewire.feedback(model)
+    with torch.no_grad():
+        h = [X, model[:2](X), model[:4](X)]
+    signal = {"dfa": e_of(y), "sdfa": e_of(y).sign()}
+    for i, (above, rule) in enumerate(zip(("2", "4"), rules, strict=True)):
+        delta = signal[rule] @ B[above] * (1 - h[i + 1] ** 2)
+        torch.testing.assert_close(model[2 * i].weight.grad, delta.T @ h[i])
