@@ -214,6 +214,7 @@ class _Groups:
 
     def __init__(self) -> None:
         self._above: dict[Node, Node] = {}
+        self._sizes: dict[Node, int] = {}
 
     def find(self, node: Node) -> Node:
         """The node that stands for the set."""
@@ -225,7 +226,11 @@ class _Groups:
         return root
 
     def unite(self, a: Node, b: Node) -> None:
-        """Make one set of two."""
+        """Make one set of two, the smaller one a part of the larger: so no way up is long."""
         a, b = self.find(a), self.find(b)
         if a is not b:
+            size_a, size_b = self._sizes.get(a, 1), self._sizes.get(b, 1)
+            if size_a > size_b:
+                a, b = b, a
             self._above[a] = b
+            self._sizes[b] = size_a + size_b

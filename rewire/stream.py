@@ -137,7 +137,7 @@ def _ordinary(forward: Callable[[], tuple[Any, Tensor]], optimizer: Optimizer | 
 def _first(wiring: Wiring, forward: Callable[[], tuple[Any, Tensor]]) -> Plan | None:
     """Find e and the pieces; None if something is not known yet. No activation outlives this."""
     survey = _Survey(wiring)
-    with _as(survey), saved_tensors_hooks(survey.pack, survey.unpack):
+    with _as(survey), saved_tensors_hooks(survey.saving.pack, survey.saving.unpack):
         _, loss = forward()
     if not survey.find_errors(loss):
         return None
@@ -155,6 +155,30 @@ def _second(
     return loss.detach(), _detached(outputs)
 
 
+class _Saving:
+    """What nodes save for the backward, dropped until it is to be kept.
+
+    The garbage collector cannot look into graph nodes, so what they hold must not lead back to them, or the graph would
+    never be freed: these hooks are of an object of their own, and keep of a tensor no more than its numbers.
+    """
+
+    def __init__(self) -> None:
+        self.keep = False
+
+    def pack(self, saved: Tensor) -> Tensor | None:
+        """Hook for what a node saves."""
+        return saved.detach() if self.keep else None
+
+    def unpack(self, saved: Tensor | None) -> Tensor:
+        """Hook for what a node wants back."""
+        if saved is None:
+            raise PassError(
+                "a gradient is asked for inside the forward of a streamed pass, which keeps no activations: use "
+                "loss.backward() for this model"
+            )
+        return saved
+
+
 class _Survey(Stream):
     """The first forward: which layers are called, with what, and what the loss sees.
 
@@ -168,22 +192,10 @@ class _Survey(Stream):
         self.wiring = wiring
         self.calls: list[SeenCall] = []
         self.walls: dict[Edge, SeenWall] = {}
+        self.saving = _Saving()
         self._outputs: list[tuple[OutputError, GradientEdge]] = []
         # In place of the ports' tickets: keeps the graph in one piece where layers are frozen.
         self._ticket = torch.zeros((), requires_grad=True)
-
-    def pack(self, saved: Tensor) -> Tensor | None:
-        """Hook for what a node saves."""
-        return saved if self._outputs else None
-
-    def unpack(self, saved: Tensor | None) -> Tensor:
-        """Hook for what a node wants back."""
-        if saved is None:
-            raise PassError(
-                "a gradient is asked for inside the forward of a streamed pass, which keeps no activations: use "
-                "loss.backward() for this model"
-            )
-        return saved
 
     def direct(
         self,
@@ -234,6 +246,7 @@ class _Survey(Stream):
     def joined(self, error: OutputError, y: Tensor) -> None:
         """Note an output layer's output."""
         self._outputs.append((error, get_gradient_edge(y)))
+        self.saving.keep = True
 
     def find_errors(self, loss: Tensor) -> bool:
         """Compute every e, as the joins of an ordinary backward do; False if a layer is not settled yet."""

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rewire
 
+from .leftovers import counts, no_gc
 from .plain import (
     SCALE,
     TOL,
@@ -189,26 +190,6 @@ def test_autograd_grad_of_a_hidden_activation_is_what_was_fed_back(later):
 
 
 # -- nothing left behind -----------------------------------------------------------------------------------
-
-
-def counts():
-    """Live tensors and library objects by type."""
-    found = {}
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if issubclass(kind, torch.Tensor) or str(kind.__module__).startswith("rewire"):
-            found[kind.__qualname__] = found.get(kind.__qualname__, 0) + 1
-    return found
-
-
-@contextlib.contextmanager
-def no_gc():
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @WHEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import rewire
 from rewire.streaming import streaming
+from tests.leftovers import counts, more, no_gc
 from tests.plain import SCALE, chain, cross_entropy, error, mlp, randn, rule_gradients, same, seeded, settled, weights
 
 N, CLASSES = 6, 4
@@ -701,6 +703,46 @@ def test_an_error_leaves_nothing_behind(at):
     loss_of(other(x8)).backward()
     agree(model, other)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if m is not model[4])
+
+
+@pytest.mark.parametrize("with_optimizer", [False, True], ids=["", "optimizer"])
+@pytest.mark.parametrize("name", CASES)
+def test_passes_leave_nothing_behind(name, with_optimizer):
+    """Not even what the garbage collector would find: it cannot look into graph nodes."""
+    twin, model, x, of = two(name)
+    del twin
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3) if with_optimizer else None
+
+    def once():
+        model.zero_grad()
+        rewire.backward_streamed(model, x, of(model), optimizer=optimizer)
+
+    once()
+    with no_gc():
+        before = counts()
+        for _ in range(5):
+            once()
+        assert not more(before)
+
+
+def test_an_error_in_a_pass_leaves_no_graph_behind():
+    model = settled(rewire.convert(chain(8, 8, 8, CLASSES).to(x8), "dfa", skip="cut"), x8, loss_of)
+
+    def broken(out):
+        loss_of(out)
+        raise KeyError("on purpose")
+
+    def once():
+        with pytest.raises(KeyError):
+            rewire.backward_streamed(model, x8, broken)
+
+    once()
+    gc.collect()
+    before = counts()
+    for _ in range(5):
+        once()
+    gc.collect()  # of tracebacks
+    assert not more(before)
 
 
 def test_threads_do_not_mix():

@@ -323,7 +323,8 @@ class _Split(TorchFunctionMode):
 def _saving_for_itself() -> Any:
     """Keeps what is saved for backward here out of the books of a checkpoint around it."""
     hooks: Any = torch.autograd.graph.saved_tensors_hooks
-    return hooks(lambda t: t, lambda t: t)
+    # Detached: a node that holds its own output as it is would never be freed.
+    return hooks(torch.Tensor.detach, lambda t: t)
 
 
 def _fresh(args: Any, theirs: Seen) -> tuple[Any, list[Tensor]]:
