@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from rewire.arguments import check_loss, check_model
 from rewire.edges import alias, check, port, wall_at
@@ -216,7 +216,7 @@ class _Survey(Stream):
         errors: list[OutputError] = []
         call = SeenCall(state, errors, [])
         sources = []
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = _flattened(args, kwargs)
         for place, x in enumerate(leaves):
             if isinstance(x, Tensor) and x.requires_grad:
                 if x.grad_fn is not None:
@@ -224,7 +224,7 @@ class _Survey(Stream):
                 call.inputs.append((place, self._place(x)))
                 leaves[place] = x.detach()
         self.calls.append(call)
-        args, kwargs = tree_unflatten(leaves, spec)
+        args, kwargs = _unflattened(leaves, spec)
         tickets = [self._ticket] if call.inputs else []
         return finish(state, forward(module, *args, **kwargs), sources, tickets, errors, len(call.inputs))
 
@@ -294,7 +294,7 @@ class _Pieces(Stream):
     ) -> Any:
         """Feed the inputs, back-propagate what that completes, and run the operation."""
         step = self._next(state)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = _flattened(args, kwargs)
         for i, (place, number) in enumerate(step.inputs, index):
             x = leaves[place] if place < len(leaves) else None
             if not isinstance(x, Tensor):
@@ -309,7 +309,7 @@ class _Pieces(Stream):
             self._backward(self._tickets.pop(piece, []))
         if self._stepper is not None and step.ready:
             self._stepper.step(step.ready)
-        args, kwargs = tree_unflatten(leaves, spec)
+        args, kwargs = _unflattened(leaves, spec)
         y = finish(state, forward(module, *args, **kwargs), [], [], step.errors, 0)
         if step.inputs and not step.errors:
             self._watch(state, y)
@@ -399,6 +399,20 @@ def _wiring(model: nn.Module) -> Wiring:
             "over the ranks before the optimizer's step"
         )
     return wiring
+
+
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec | None]:
+    """What a layer is called with as a list of leaves; nearly every layer is called with one tensor."""
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+        return [args[0]], None
+    return tree_flatten((args, kwargs))
+
+
+def _unflattened(leaves: list[Any], spec: TreeSpec | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if spec is None:
+        return (leaves[0],), {}
+    args, kwargs = tree_unflatten(leaves, spec)
+    return args, kwargs
 
 
 def _checkpointed() -> bool:
