@@ -195,6 +195,7 @@ def _arrived(error: OutputError, gradient: Tensor | None) -> None:
     """Hook of an output layer's output."""
     if gradient is not None:
         error.state.wiring.error_reached(error.state, error, gradient)
+        error.let_go()
 
 
 Steady = Callable[[LayerState, nn.Module, Forward, Tensor], Any]

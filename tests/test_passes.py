@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rewire
 
-from .leftovers import counts, no_gc
+from .leftovers import counts, more, no_gc
 from .plain import (
     SCALE,
     TOL,
@@ -268,6 +268,24 @@ def test_a_thousand_training_passes_leave_nothing():
             total += loss.item()
             del loss
         assert counts() == before
+
+
+@WHEN
+@pytest.mark.parametrize("rule", ["dfa", "fa", "brsf", "shallow"])
+def test_gradients_with_a_graph_leave_nothing(rule, later):
+    """With ``create_graph`` e and δ have graphs, which hold what computed them: nobody may hold e in turn."""
+    model = ready(rule, later)
+
+    def once():
+        torch.autograd.grad(LOSS(model(X)), list(model.parameters()), create_graph=True, allow_unused=True)
+
+    for _ in range(3):
+        once()
+    with no_gc():
+        before = counts()
+        for _ in range(5):
+            once()
+        assert not more(before)
 
 
 @WHEN
