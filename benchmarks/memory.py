@@ -1,6 +1,6 @@
 """Memory and time of one step: backprop, a direct rule, the same streamed, and activation checkpointing.
 
-    python benchmarks/memory.py               # everything; about a quarter of an hour on two cores
+    python benchmarks/memory.py               # everything; some six minutes on two cores
     python benchmarks/memory.py --seconds 0   # memory only
     python benchmarks/memory.py --quick       # memory only, of small models
     python benchmarks/memory.py --read benchmarks/results/memory-cpu.json --markdown

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
     from rewire.wiring import Wiring
 
+_LITTLE = 1e-6  # of the largest scale
+
 
 def measure(
     state: LayerState, rule: DirectRule, errors: list[OutputError], index: int, exact: Tensor, pick: Pick | None
@@ -64,6 +66,7 @@ def settle_scales(wiring: Wiring) -> None:
             )
         elif fed > 0:
             state.silent_passes += 1
+    _warn_of_little(wiring, ratios)
     typical = geometric_mean([*ratios.values(), *(s.scale for s in wiring.layers.values() if s.scale)])
     for state in measured:
         if state.name in ratios:
@@ -87,6 +90,28 @@ def settle_scales(wiring: Wiring) -> None:
         for state in every:
             if not state.ran and isinstance(state.rule, DirectRule) and state.needs_scale(state.rule):
                 set_scale(state, typical, "did not run in the measuring pass; mean scale of the other layers")
+
+
+def _warn_of_little(wiring: Wiring, ratios: dict[str, float]) -> None:
+    """Say so if some layers are handed back next to nothing: under a fixed B it will stay so.
+
+    Args:
+        ratios: newly measured scales, by name of the layer.
+    """
+    if not ratios:
+        return
+    largest, smallest = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+    count = sum(scale < _LITTLE * ratios[largest] for scale in ratios.values())
+    if count:
+        least, most = (f"{wiring.layers[name].label} {ratios[name]:.1e}" for name in (smallest, largest))
+        wiring.warn_once(
+            "little",
+            f"{count} of {len(ratios)} layers get feedback of less than a millionth of another's (scale of layer "
+            f"{least}, of layer {most}): scale='auto' makes it as large as backprop's gradient in the measuring pass, "
+            "which vanishes in deep networks as PyTorch initialises them, and in blocks that start near zero. Such "
+            "layers will hardly learn. Give scale=..., one number for all or {layer: number}; or start from other "
+            "weights",
+        )
 
 
 def _initial_scale(wiring: Wiring, state: LayerState) -> float:

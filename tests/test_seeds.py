@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -385,6 +386,25 @@ def test_auto_of_a_layer_used_several_times_is_over_all_uses():
         "out": float(exact["out"].norm() / (e @ unit(2, "out", (4, 6))).norm()),
     }
     assert rewire.scales(model) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("shrunk", [1e-4, 1e-8])
+def test_auto_says_so_where_backprop_hands_back_next_to_nothing(shrunk):
+    """Feedback of that size would stay so, where backprop's gradient may grow."""
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(shrunk)
+    rewire.convert(model, "dfa")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            LOSS(model(X)).backward()
+    said = [str(w.message) for w in caught if "hardly learn" in str(w.message)]
+    assert len(said) == (shrunk < 1e-6)
+    if said:
+        scales = rewire.scales(model)
+        assert said[0].startswith("1 of 2 layers")
+        assert f"of layer '2' {scales['2']:.1e}, of layer '4' {scales['4']:.1e}" in said[0]
 
 
 @pytest.mark.parametrize("rule", ["fa", "usf", "frsf"])
