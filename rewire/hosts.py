@@ -343,8 +343,10 @@ def attend(
         states: of its own projections.
         output: of its output projection, a child.
     """
-    given = [*args, *kwargs.values(), *module.parameters()]
-    if not any(isinstance(x, Tensor) and x.requires_grad for x in given):
+    given = (*args, *kwargs.values())
+    if not any([isinstance(x, Tensor) and x.requires_grad for x in given]) and not any(
+        p.requires_grad for p in module.parameters()
+    ):
         return forward(module, *args, **kwargs)  # PyTorch's fast path, if it takes it
     layers = [("", state) for state in states]
     if output is not None:
