@@ -98,6 +98,23 @@ def test_some_hundred_steps_leave_nothing_behind(rule):
     check(rule, 400, 150, 100, growth=8 * 2**20)
 
 
+def test_streamed_passes_leave_no_memory_behind():
+    """Small things left between large ones would keep the memory of those from being used again."""
+    torch.manual_seed(0)
+    layers = [module for _ in range(6) for module in (nn.Linear(64, 64), nn.ReLU())]
+    model = rewire.convert(nn.Sequential(*layers, nn.Linear(64, 4)), "dfa", skip="cut")
+    x, y = torch.randn(4096, 64), torch.randint(4, (4096,))
+    measured = []
+    for i in range(90):
+        model.zero_grad()
+        rewire.backward_streamed(model, x, lambda out: F.cross_entropy(out, y))
+        if i + 1 in (30, 90):
+            measured.append((*live(), resident()))
+    (_, ours, before), (_, ours_then, after) = measured
+    assert ours_then == ours
+    assert after - before < 48 * 2**20, f"{(after - before) / 2**20:.1f} MiB more"  # activations take 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_twenty_thousand_steps_leave_nothing_behind(rule):
