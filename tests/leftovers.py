@@ -19,9 +19,20 @@ def counts():
     return found
 
 
-def more(before):
-    """Of what there are more than ``before``, and how many."""
-    return {kind: n - before.get(kind, 0) for kind, n in counts().items() if n > before.get(kind, 0)}
+def left_by(once, times=5, collect=False):
+    """Of what there are more after calling ``once`` than before, and how many.
+
+    Args:
+        collect: run the garbage collector first; otherwise nothing may wait for it.
+    """
+    once()
+    with no_gc():
+        before = counts()
+        for _ in range(times):
+            once()
+        if collect:
+            gc.collect()
+        return {kind: n - before.get(kind, 0) for kind, n in counts().items() if n > before.get(kind, 0)}
 
 
 @contextlib.contextmanager

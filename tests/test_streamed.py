@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import random
 import threading
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 import rewire
 from rewire.streaming import streaming
-from tests.leftovers import counts, more, no_gc
+from tests.leftovers import left_by
 from tests.plain import SCALE, chain, cross_entropy, error, mlp, randn, rule_gradients, same, seeded, settled, weights
 
 N, CLASSES = 6, 4
@@ -717,12 +716,7 @@ def test_passes_leave_nothing_behind(name, with_optimizer):
         model.zero_grad()
         rewire.backward_streamed(model, x, of(model), optimizer=optimizer)
 
-    once()
-    with no_gc():
-        before = counts()
-        for _ in range(5):
-            once()
-        assert not more(before)
+    assert not left_by(once)
 
 
 def test_an_error_in_a_pass_leaves_no_graph_behind():
@@ -736,13 +730,7 @@ def test_an_error_in_a_pass_leaves_no_graph_behind():
         with pytest.raises(KeyError):
             rewire.backward_streamed(model, x8, broken)
 
-    once()
-    gc.collect()
-    before = counts()
-    for _ in range(5):
-        once()
-    gc.collect()  # of tracebacks
-    assert not more(before)
+    assert not left_by(once, collect=True)  # tracebacks are for the collector
 
 
 def test_threads_do_not_mix():

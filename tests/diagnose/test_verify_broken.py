@@ -71,7 +71,7 @@ TAMPER = {
 
 @pytest.fixture
 def ports(monkeypatch):
-    """Feedback goes through ports; where B is small it would be PyTorch's own product."""
+    """Feedback goes through ports, that of the output layer too; where it is small the join would make it."""
     monkeypatch.setattr(steady, "_autocast", lambda: True)
 
 

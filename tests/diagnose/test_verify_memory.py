@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import rewire
+from tests.leftovers import left_by
 from tests.peaks import peak
 
 
@@ -48,3 +49,30 @@ def test_times_a_training_step(rule: str, width: int, rows: int, most: float) ->
     times = peak(run) / one
     assert result is not None and result.ok
     assert times < most, times
+
+
+class Two(nn.Linear):
+    """Returns y, and something made of it that no loss sees."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, torch.tanh(y)
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.two, self.last = nn.Linear(5, 6), Two(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.two(torch.tanh(self.first(x)))[0]
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("rule", ["fa", "brsf", "dfa"])
+def test_nothing_is_left(rule: str) -> None:
+    """Not the copy of the model either, though some of the graph it made is never run."""
+    model, x = rewire.convert(Half(), rule), torch.randn(6, 5)
+    for _ in range(3):
+        step(model, x)
+    assert not left_by(lambda: rewire.verify(model, x, loss), collect=True)
