@@ -34,6 +34,7 @@ def main(rule: str = "dfa", how: str = "ddp", epochs: int = 4) -> None:
         accuracy = (trained(x[1400:]).argmax(1) == y[1400:]).float().mean().item()
     if dist.get_rank() == 0:
         print(f"test accuracy {accuracy:.2%} on {dist.get_world_size()} processes")
+    dist.barrier()  # or a thread of gloo may still let go of a tensor while Python shuts down: an abort
     dist.destroy_process_group()
 
 
