@@ -9,6 +9,7 @@ named like the parameter without ``_weight``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -80,29 +81,54 @@ class Seat:
         return x.reshape(-1, x.shape[-1]) if dims == 2 else x
 
 
-def attend(operation: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], batch_first: bool) -> Any:
+# What runs a projection: (function, args, kwargs, seat) -> result.
+Operation = Callable[..., Any]
+
+
+def attend(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], batch_first: bool) -> Any:
     """``F.multi_head_attention_forward(*args, **kwargs)``, with ``operation`` in place of its ``F.linear``.
 
     Args:
-        operation: (function, args, kwargs, seat) -> result.
         batch_first: whether the module around the function turned (N, T, E) into the function's (T, N, E).
     """
     query: Tensor = args[0] if args else kwargs["query"]
     batched = query.dim() == 3
     seat = Seat(query.shape[1] if batched else 1, batched, batch_first)
+    token = _under_way.set((operation, seat))
+    try:
+        return _function()(*args, **kwargs)
+    finally:
+        _under_way.reset(token)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        return operation(F.linear, (x, weight, bias), {}, seat)
 
-    return _with(linear)(*args, **kwargs)
+_under_way: ContextVar[tuple[Operation, Seat]] = ContextVar("rewire_projections")
 
 
-def _with(linear: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's function, in a namespace where ``linear`` is ours and overrides have been seen to already."""
-    namespace = {**vars(F), "linear": linear, "has_torch_function": lambda tensors: False}
-    for name in _INSIDE:
-        namespace[name] = _in(namespace, vars(F)[name])
-    return _in(namespace, FUNCTION)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    operation, seat = _under_way.get()
+    return operation(F.linear, (x, weight, bias), {}, seat)
+
+
+def _function() -> Callable[..., Any]:
+    """PyTorch's function, in a namespace where ``linear`` is ours and overrides have been seen to already.
+
+    Made once, and again should somebody have put other functions in the place of those it calls.
+    """
+    global _made
+    functions = vars(F)
+    calls = [functions.get(name) for name in _CALLS]
+    made, of = _made
+    if made is None or calls != of:
+        namespace = {**functions, "linear": _linear, "has_torch_function": lambda tensors: False}
+        for name in _INSIDE:
+            namespace[name] = _in(namespace, functions[name])
+        made = _in(namespace, FUNCTION)
+        _made = made, calls
+    return made
+
+
+_CALLS = sorted({name for f in (FUNCTION.__name__, *_INSIDE) for name in vars(F)[f].__code__.co_names} & set(vars(F)))
+_made: tuple[Callable[..., Any] | None, list[Any]] = (None, [])
 
 
 def forward_with(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rewire import attention, buffers, hosts, jvp, learned, structures
+from rewire import attention, buffers, hosts, jvp, structures
 from rewire.arguments import check_model
 from rewire.ask import states_in
 from rewire.derivative import DerivativeState, surrogate_class
@@ -24,7 +24,18 @@ from rewire.rules.base import parts_of
 from rewire.scale import weight_scale
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
 from rewire.state import LayerState
-from rewire.swap import STATE, Parts, attention_class, is_swapped, rewired_class, states_of, swap_in, swap_out
+from rewire.swap import (
+    STATE,
+    Parts,
+    Swapped,
+    attention_class,
+    is_swapped,
+    rewired_class,
+    states_of,
+    swap_back,
+    swap_in,
+    swap_out,
+)
 from rewire.wiring import Wiring
 
 M = TypeVar("M", bound=nn.Module)
@@ -320,10 +331,7 @@ def _surrogates(
     return found
 
 
-_Taken = list[tuple[nn.Module, type[nn.Module], object, dict[str, Tensor | None]]]
-
-
-def _take_off(model: nn.Module) -> _Taken:
+def _take_off(model: nn.Module) -> list[tuple[nn.Module, Swapped]]:
     """Restore all modules; returns what :func:`_put_back` needs."""
     converted = [(name, m) for name, m in model.named_modules() if STATE in m.__dict__]
     for name, module in converted:
@@ -332,10 +340,9 @@ def _take_off(model: nn.Module) -> _Taken:
                 f"layer {name!r} was given another class after conversion ({type(module).__name__}): remove that "
                 "first, or convert after it"
             )
-    return [(module, type(module), module.__dict__[STATE], swap_out(module)) for _, module in converted]
+    return [(module, swap_out(module)) for _, module in converted]
 
 
-def _put_back(taken: _Taken) -> None:
-    for module, cls, state, feedback in taken:
-        swap_in(module, cls, state)
-        learned.put_back(module, feedback)
+def _put_back(taken: list[tuple[nn.Module, Swapped]]) -> None:
+    for module, swapped in taken:
+        swap_back(module, swapped)

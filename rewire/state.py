@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rewire import buffers, distributed, handback, layer_feedback, learning, scale
-from rewire.layers.kinds import Kind
+from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learned import PREFIX
 from rewire.ready import prepare, traceable
 from rewire.roles import Role
@@ -89,6 +89,7 @@ class LayerState:
         randoms: R of a local rule.
         glanced: P of :func:`rewire.learning.glance`.
         reading: the order of dimensions that it has shown.
+        gone: its module is, or is converted no longer.
         shapes: of B as the last pass needed it, by (output layer, input); ``structures`` likewise.
     """
 
@@ -153,6 +154,7 @@ class LayerState:
         self.made: dict[tuple[Any, ...], Tensor | Feedback] = {}
         # One attribute, read once and written once: threads may run backward side by side.
         self.last: tuple[tuple[Any, ...], Route, Tensor | Feedback] | None = None
+        self.gone = False
         self.reading: Reading | None = None
         self.layout: str | None = None
         self.turned: str | None = None
@@ -180,6 +182,22 @@ class LayerState:
             "probe": None,
             "glanced": None,
         }
+
+    def let_go(self) -> None:
+        """Its module is gone, or converted no longer. With the last one goes what would wait for a garbage collector.
+
+        The wiring and the states of its layers refer to each other, and some of what they keep to them. Without that,
+        whatever is large is gone at once, or with the last loss that still needs it.
+        """
+        self.gone = True
+        wiring = self.wiring
+        if all(state.gone for state in reversed(wiring.layers.values())):
+            for state in wiring.layers.values():
+                if isinstance(state.local, BackwardWeight):
+                    state.local.exchange = None
+                state.local = state.learner = state.last = None
+                state.routes = {}
+            wiring.layers = {}
 
     @property
     def label(self) -> str:

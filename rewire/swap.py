@@ -22,6 +22,7 @@ _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
 
 STATE = "_rewire"  # in the module's __dict__: not a parameter, buffer or submodule
+OWNER = "_rewire_owner"  # beside it
 
 
 Builder = Callable[[type[nn.Module]], type[nn.Module]]
@@ -175,21 +176,46 @@ _outside_of_compile: Callable[..., Any] = _disable(traced.outside, reason=_why)
 _attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)
 
 
+class Owner:
+    """Held by a module alone, so that its layers' states know when it goes (:meth:`LayerState.let_go`)."""
+
+    def __init__(self, states: list[LayerState]) -> None:
+        self.states = states
+
+    def __del__(self) -> None:
+        for state in self.__dict__.get("states", ()):  # none if somebody's copy of it failed half-way
+            state.let_go()
+
+
 def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:
     """Give ``module`` the class ``cls``, with its state."""
     module.__dict__[STATE] = state
     module.__class__ = cls
+    if states_of(module):
+        module.__dict__[OWNER] = Owner(states_of(module))
 
 
-def swap_out(module: nn.Module) -> dict[str, Tensor | None]:
+Swapped = tuple[type[nn.Module], dict[str, Any], dict[str, "Tensor | None"]]
+
+
+def swap_out(module: nn.Module) -> Swapped:
     """Give ``module`` the class it had before. No trace is left.
 
     Returns:
-        Feedback that learned, for :func:`rewire.learned.put_back`.
+        What :func:`swap_back` needs: class, state, and feedback that learned.
     """
-    module.__class__ = vars(type(module))["_rewired_from"]
-    module.__dict__.pop(STATE, None)
-    return learned.strip(module)
+    cls = type(module)
+    module.__class__ = vars(cls)["_rewired_from"]
+    held = {key: module.__dict__.pop(key) for key in (STATE, OWNER) if key in module.__dict__}
+    return cls, held, learned.strip(module)
+
+
+def swap_back(module: nn.Module, swapped: Swapped) -> None:
+    """Undo :func:`swap_out`."""
+    cls, held, feedback = swapped
+    module.__dict__.update(held)
+    module.__class__ = cls
+    learned.put_back(module, feedback)
 
 
 def is_swapped(module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ from rewire.feedback import standard
 from rewire.rules.base import BP, DirectRule, LocalRule, Rule
 from rewire.rules.direct import DFA
 from rewire.rules.local import FA
-from rewire.swap import STATE, swap_in, swap_out
+from rewire.swap import STATE, swap_back, swap_out
 
 LEARNED = "rewire_"
 """What names of parameters and buffers begin with that belong to a rule, not to the model."""
@@ -184,14 +184,12 @@ class Twin:
     def _own_derivatives(self) -> Iterator[None]:
         """Without surrogates (``convert(derivative=...)``)."""
         found = [m for m in self.model.modules() if isinstance(m.__dict__.get(STATE), DerivativeState)]
-        taken = [(m, type(m), m.__dict__[STATE]) for m in found]
-        for module in found:
-            swap_out(module)
+        taken = [(module, swap_out(module)) for module in found]
         try:
             yield
         finally:
-            for module, cls, state in taken:
-                swap_in(module, cls, state)
+            for module, swapped in taken:
+                swap_back(module, swapped)
 
 
 def belongs_to_rule(name: str) -> bool:
