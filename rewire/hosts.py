@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_flatten
 from rewire import attention, traced, uses
 from rewire.errors import PassError
 from rewire.joined import Joined, apart, joined
+from rewire.nodes import Node
 from rewire.passes import backward_id
 from rewire.state import LayerState
+from rewire.steady import steady_projection
 from rewire.uses import Owned
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -193,6 +195,8 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         batch_first: of the attention that is being watched.
+        last: its output projection.
+        within: nodes of what its other projections have made, if its output can be of nothing else.
         owned: the watched weights, and what modules made of them, by the tensor's identity.
         tied: the further layers that have a watched weight too.
         joined: what modules made of several watched weights, by its identity.
@@ -202,6 +206,8 @@ class Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.batch_first = False
+        self.last: LayerState | None = None
+        self.within: list[Node] | None = None
         self.owned: dict[int, Owned] = {}
         self.tied: dict[int, list[LayerState]] = {}
         self.joined: dict[int, Joined] = {}
@@ -270,8 +276,20 @@ class Watch(TorchFunctionMode):
 
     def projection(self, func: Any, args: tuple[Any, ...], _: dict[str, Any], seat: attention.Seat) -> Any:
         """:meth:`operation` for ``F.linear`` inside an attention, whose own weights are all there is to find."""
-        use = uses.of_linear(self.owner, *args) if torch.is_grad_enabled() else None
-        return func(*args) if use is None else uses.call(use, seat)
+        if not torch.is_grad_enabled():
+            return func(*args)
+        x, view, bias = args
+        owned = self.owner(view)
+        last = owned is not None and owned.state is self.last
+        y: Any = None
+        if owned is not None and owned.state.steady_use and owned.tensor is owned.weight and _active.get() is None:
+            y = steady_projection(owned.state, owned.weight, x, view, bias, seat, self.within if last else None)
+        if y is None:
+            use = uses.of_linear(self.owner, x, view, bias)
+            y = func(*args) if use is None else uses.call(use, seat)
+        if self.within is not None and not last and y.grad_fn is not None:
+            self.within.append(y.grad_fn)
+        return y
 
     def _note(self, owned: Owned) -> None:
         """Remember who used a weight: the innermost module around that the layer belongs to."""
@@ -352,7 +370,7 @@ def attend(
     if output is not None:
         layers.append(("out_proj", output))
     watch: Any = Watch()
-    watch.batch_first = module.batch_first
+    watch.batch_first, watch.last = module.batch_first, output
     watch.add(module, None, layers)
     if not states[0].seated:
         with watch:
@@ -368,6 +386,9 @@ def _function(*args: Any, **kwargs: Any) -> Any:
     """In the place of ``F.multi_head_attention_forward``."""
     watch = _attending.get()
     assert watch is not None
+    # Besides query, key and value: a mask, or a bias, that layers have made.
+    if not any([isinstance(t, Tensor) and t.grad_fn is not None for t in (*args[3:], *kwargs.values())]):
+        watch.within = []
     return attention.attend(watch.projection, args, kwargs, watch.batch_first)
 
 

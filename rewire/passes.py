@@ -265,11 +265,11 @@ def upstream(sources: Iterable[Node], wiring: Wiring) -> list[Call]:
     seen: set[Node] = set()
     stack = list(sources)
     while stack:
-        node = stack.pop()
+        node: Any = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        call: Call | None = metadata(node).get(CALL)
+        call: Call | None = node.metadata.get(CALL)
         if call is None:
             for parent, _ in node.next_functions:
                 if parent is not None and type(parent) is not _LEAF:

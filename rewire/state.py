@@ -62,6 +62,7 @@ class LayerState:
         used: the newest weight that a forward of the layer's own made, for rules that read it.
         settled: role and scale are known: ports and tickets from now on.
         steady: nothing special about its calls: a key of :data:`rewire.steady.STEADY`, the short ways through a call.
+        steady_use: the same of calls by the attention it is a part of: direct, local, or none.
         called: as an output layer on the short way, since an error last arrived.
         mirror: B, if e B is all there is to its feedback: what the join multiplies with where e B is small.
         repeats: ``mirror`` is of inputs (N, positions..., features), the same at all positions.
@@ -126,6 +127,7 @@ class LayerState:
         self.used: Tensor | None = None
         self.settled = False
         self.steady = ""
+        self.steady_use = ""
         self.mirror: Tensor | None = None
         self.repeats = False
         self.held = 0
@@ -270,12 +272,20 @@ class LayerState:
         self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
         output = "output-" if self.role is Role.OUTPUT else ""
         self.steady = ""
-        special = self.watched or self.picks or self.wiring.guard is not None or self.learner is not None
-        if special or not self.kind.local or (isinstance(rule, LearnedDirect) and not self._as_fixed(rule)):
+        special = self.picks or self.wiring.guard is not None or self.learner is not None
+        keeps = self.wiring.skip == "keep"
+        self.steady_use = ""
+        if self.seated and self.settled and not (output or special or rule.learns):
+            if direct and keeps:
+                self.steady_use = "direct"
+            elif isinstance(rule, LocalRule) and not wiring.picks:
+                self.steady_use = "local"
+        special = special or self.watched or not self.kind.local
+        if special or (isinstance(rule, LearnedDirect) and not self._as_fixed(rule)):
             pass  # something special about its calls; a block may be given anything
         elif direct:
             first = known and not self.fed and not rule.learns  # never measured: there is nothing to hand back to
-            self.steady = f"{output}direct" if (self.settled or first) and self.wiring.skip == "keep" else ""
+            self.steady = f"{output}direct" if (self.settled or first) and keeps else ""
         elif isinstance(self.rule, LocalRule) and known and self.kind.exchanges and not wiring.picks:
             self.steady = f"{output}local"
         self.last = self.mirror = None

@@ -6,9 +6,10 @@ Everything that is special about a call sends it back to :func:`rewire.run.run`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewire.edges import READ_REPEATED, Look, alias, guard, hook, port
@@ -19,8 +20,13 @@ from rewire.local_weights import LocalWeight, local_weight
 from rewire.marks import finish, mark, mark_all, sources_of
 from rewire.nodes import Node
 from rewire.passes import CALL, Call, OutputError
+from rewire.routing import LAYOUTS
 from rewire.run import idle, run
 from rewire.state import LayerState
+from rewire.uses import input_of
+
+if TYPE_CHECKING:
+    from rewire.attention import Seat
 
 # Looked up once: these run in every call of every layer.
 _backward_id: Callable[[], int] = torch._C._current_graph_task_id
@@ -102,6 +108,46 @@ def _mirrors(state: LayerState, x: Tensor, node: Node | None) -> bool:
     )
 
 
+def steady_projection(
+    state: LayerState,
+    weight: Tensor,
+    x: Tensor,
+    view: Tensor,
+    bias: Tensor | None,
+    seat: Seat,
+    within: list[Node] | None,
+) -> Tensor | None:
+    """:func:`rewire.uses.call` for nearly every projection there is: a settled hidden layer of PyTorch's attention.
+
+    Args:
+        x: as the attention's function has it.
+        view: the layer's ``weight``, or rows of it.
+        seat: how x lies in the model around the attention.
+        within: if x can be made of nothing else, the nodes of what the attention's other projections made: the way to
+            them need not be walked.
+
+    Returns:
+        None for a call that is special after all.
+    """
+    if state.wiring.unsettled or state.observer is not None or not x.requires_grad or _transforming():
+        return None
+    if state.steady_use == "local":
+        return _exchanged_projection(state, weight, x, view, bias)
+    if seat.batched and state.layout != LAYOUTS[0 if seat.batch_first else 1]:
+        return None
+    outer = seat.outer(x)
+    if within is None or state.wiring.pours:
+        within = [] if outer.grad_fn is None else [outer.grad_fn]
+    errors: list[OutputError] = []
+    ticket = port(outer, (state, state.rule, errors, input_of(state, view, weight, -1), None, None, None))
+    call = Call(state, within, [ticket], errors, 1)
+    y = F.linear(x.detach(), view, bias)
+    if not y.requires_grad or (y._is_view() and y.numel() > _VIEWED):
+        return mark(state, call, y, joins=False)
+    guard(*_leave(y, call), call)
+    return y
+
+
 def _first(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
     """:func:`steady_direct` where there is nothing to hand back to: the first layer of a network."""
     y = forward(module, x)
@@ -138,6 +184,18 @@ def _exchanged(state: LayerState, module: nn.Module, forward: Forward, x: Tensor
                 return swapped(x, kept, bias, B)
     y = forward(module, x)
     return y if exchange(y, backward, transposed=state.kind.transposed) else None
+
+
+def _exchanged_projection(
+    state: LayerState, weight: Tensor, x: Tensor, view: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """:func:`steady_projection` under a local rule: the same as :func:`_exchanged` for a weight that is used whole."""
+    if view is not weight or not exchangeable():
+        return None
+    backward = _weight_of(state)
+    backward.note(weight)
+    y = F.linear(x, view, bias)
+    return y if exchange(y, backward, transposed=False) else None
 
 
 def _weight_of(state: LayerState) -> BackwardWeight:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
+from rewire.passes import call_of, upstream
 
 N, T, S, E, HEADS = 3, 4, 4, 6, 2
 
@@ -33,8 +34,10 @@ class Net(nn.Module):
         self.v = nn.Linear(3, vdim or E)
         self.attention = nn.MultiheadAttention(E, HEADS, kdim=kdim, vdim=vdim, batch_first=batch_first, **options)
         self.head = nn.Linear(E, 2)
+        self.biased = nn.Linear(E, S) if mask == "made" else None
         self.mask = {
             None: {},
+            "made": {},
             "causal": {"attn_mask": torch.ones(T, S, dtype=torch.bool).triu(1)},
             "float": {"attn_mask": draw(T, S, seed=8)},
             "padding": {"key_padding_mask": torch.arange(S).expand(N, S) >= torch.tensor([[4], [2], [3]])},
@@ -47,10 +50,11 @@ class Net(nn.Module):
 
     def forward(self, q, k, v):
         given = self.inputs(q, k, v)
+        mask = self.mask if self.biased is None else {"attn_mask": self.biased(given[0]).repeat_interleave(HEADS, 0)}
         if not self.batch_first:
             unique = {id(t): t.transpose(0, 1) for t in given}
             given = [unique[id(t)] for t in given]
-        y, _ = self.attention(*given, need_weights=self.need_weights, **self.mask)
+        y, _ = self.attention(*given, need_weights=self.need_weights, **mask)
         if not self.batch_first:
             y = y.transpose(0, 1)
         return self.head(torch.tanh(y))
@@ -78,7 +82,7 @@ def reference(net, inputs, rule, e_holder):
     """The output of ``net`` under ``rule``, from its parameters and feedback, by hand."""
     B = rewire.feedback(net)
     m, s = net.attention, net.same
-    p = {name: t.detach().requires_grad_() for name, t in net.named_parameters()}
+    p = {name: t.detach().requires_grad_(t.requires_grad) for name, t in net.named_parameters()}
 
     def layer(name, x, weight, bias, rows=slice(None), row=None):
         def back(delta):
@@ -111,6 +115,7 @@ def reference(net, inputs, rule, e_holder):
     q = torch.tanh(layer("q", inputs[0], p["q.weight"], p["q.bias"]))
     k = q if s == "qkv" else torch.tanh(layer("k", inputs[1], p["k.weight"], p["k.bias"]))
     v = k if s in ("kv", "qkv") else torch.tanh(layer("v", inputs[2], p["v.weight"], p["v.bias"]))
+    made = None if net.biased is None else simple("biased", q).unsqueeze(1)
     q, k, v = projected(q, k, v)
     if m.bias_k is not None:
         k = torch.cat([k, p["attention.bias_k"].expand(N, 1, E)], 1)
@@ -119,6 +124,7 @@ def reference(net, inputs, rule, e_holder):
         k, v = (torch.cat([t, t.new_zeros(N, 1, E)], 1) for t in (k, v))
     q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
     scores = q @ k.transpose(-1, -2) / math.sqrt(E // HEADS)
+    scores = scores if made is None else scores + made
     for kind, mask in net.mask.items():
         mask = mask[:, None, None] if kind == "key_padding_mask" else mask
         mask = F.pad(mask, (0, scores.shape[-1] - mask.shape[-1]))
@@ -139,6 +145,8 @@ VARIANTS = [
     {"same": "kv", "mask": "causal"},
     {"same": "kv", "mask": "float", "need_weights": True},
     {"same": "kv", "mask": "padding"},
+    {"same": "kv", "mask": "made"},
+    {"same": "", "mask": "made", "need_weights": True},
     {"same": "kv", "add_bias_kv": True, "need_weights": True},
     {"same": "kv", "add_bias_kv": True, "add_zero_attn": True, "mask": "padding"},
     {"bias": False},
@@ -153,7 +161,69 @@ def seeded(**options):
 @pytest.mark.parametrize("rule", ["dfa", "fa"])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_values(rule, options):
-    net = rewire.convert(seeded(**options), rule, scale=0.3)
+    check_values(seeded(**options), rule)
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+@pytest.mark.parametrize("frozen", ["k", "kv", "qkv", "attention"])
+def test_values_where_something_is_frozen(rule, frozen):
+    net = seeded(same="")
+    for name in ["attention"] if frozen == "attention" else frozen:
+        net.get_submodule(name).requires_grad_(False)
+    check_values(net, rule)
+
+
+class Twice(Net):
+    """Uses its attention's weight itself as well."""
+
+    def forward(self, q, k, v):
+        y, _ = self.attention(*self.inputs(q, k, v), need_weights=False)
+        return self.head(torch.tanh(y) + torch.tanh(F.linear(y, self.attention.in_proj_weight[:E])))
+
+
+@pytest.mark.parametrize("rule", ["fa", "brsf"])
+def test_no_short_way_where_somebody_else_watches_for_the_same_weight(rule):
+    torch.manual_seed(0)
+    net = Twice().double()
+    net.k = net.v = nn.Identity()
+    rewire.convert(net, rule)
+    (state,) = net.attention._rewire.states
+    x = draw(N, T, 3)
+    drawn = set()
+    for _ in range(4):
+        before = state.draws
+        net(x, x, x).square().sum().backward()
+        drawn.add(state.draws - before)
+    assert drawn == {2 if rule == "brsf" else 0}
+
+
+def test_functions_put_in_the_place_of_others(monkeypatch):
+    net = seeded()
+    inputs = draw(N, T, 3), draw(N, S, 3, seed=1), draw(N, S, 3, seed=2)
+    rewire.convert(net, "dfa")
+    before = net(*inputs)
+    calls = []
+    own = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(0) or own(*a, **k))
+    assert torch.equal(net(*inputs), before)
+    assert calls == [0]
+    monkeypatch.undo()
+    assert torch.equal(net(*inputs), before)
+    assert calls == [0]
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+@pytest.mark.parametrize("options", [{}, {"same": "kv"}, {"same": ""}], ids=str)
+def test_values_of_a_settled_attention(rule, options):
+    """Where all layers run there is nothing to wait for; nor where those that do not are gone."""
+    net = seeded(**options)
+    for name in {"": "", "kv": "v", "qkv": "kv"}[net.same]:
+        setattr(net, name, nn.Identity())
+    check_values(net, rule)
+
+
+def check_values(net, rule):
+    rewire.convert(net, rule, scale=0.3)
     inputs = draw(N, T, 3), draw(N, S, 3, seed=1), draw(N, S, 3, seed=2)
     weight = draw(N, T, 2, seed=3)
     for _ in range(3):
@@ -169,6 +239,30 @@ def test_values(rule, options):
                 assert parameter.grad is None, name
             else:
                 torch.testing.assert_close(parameter.grad, wanted, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["fa", "frsf", "brsf", "usf"])
+def test_a_settled_attention_takes_the_short_way_under_local_rules(monkeypatch, rule):
+    net = rewire.convert(seeded(), rule)
+    x = draw(N, T, 3)
+    while rewire.hosts._ATTRIBUTE in vars(net):  # it waits for layers that do not run
+        net(x, x, x).square().sum().backward()
+    monkeypatch.setattr(rewire.hosts.uses, "call", None)
+    net(x, x, x).square().sum().backward()
+
+
+def test_a_settled_attention_takes_the_short_way(monkeypatch):
+    """And the walk through its graph a short cut."""
+    net = rewire.convert(seeded(same=""), "dfa")
+    inputs = draw(N, T, 3), draw(N, S, 3, seed=1), draw(N, S, 3, seed=2)
+    for _ in range(2):
+        net(*inputs).square().sum().backward()
+    monkeypatch.setattr(rewire.hosts.uses, "call", None)
+    y = net(*inputs)
+    calls = {call.state.name: call for call in upstream([y.grad_fn], net.head._rewire.wiring)}
+    out = calls["attention.out_proj"]
+    assert [call_of(source).state.name for source in out.sources] == ["attention.in_proj"] * 3
+    y.square().sum().backward()
 
 
 @pytest.mark.parametrize("rule", ["usf", "frsf", "sdfa", "shallow"])
@@ -365,8 +459,10 @@ def test_function_called_with_weights_of_children():
         assert result.ok and sum(layer.status == "live" for layer in result.layers) == 5, str(result)
 
 
-def test_under_torch_func():
-    net = rewire.convert(seeded(same="kv"), "dfa", scale=0.3, output="head")
+@pytest.mark.parametrize("same", ["kv", ""], ids=["waits for a layer", "settled"])
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+def test_under_torch_func(rule, same):
+    net = rewire.convert(seeded(same=same), rule, scale=0.3, output="head")
     inputs = draw(N, T, 3), draw(N, S, 3, seed=1), draw(N, S, 3, seed=2)
     for _ in range(2):
         net.zero_grad()
