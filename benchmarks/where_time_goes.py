@@ -4,7 +4,8 @@
     python benchmarks/where_time_goes.py --models mlp-512 --rules bp dfa --top 15     # operation by operation
 
 Arithmetic is what torch.utils.flop_counter counts, memory the peak of what a step allocates beyond what was there
-before it, gradients among that: both are the same on every run (--steps 0 prints them alone). The profile is
+before it: with gradients that are made anew, as after ``zero_grad()``, and where they are there already and are added
+to. All of it is the same on every run (--steps 0 prints it alone). The profile is
 torch.profiler's, each operation with its own time alone; watching slows small operations down, so read the shares,
 not the milliseconds.
 """
@@ -59,11 +60,14 @@ def look(model_name: str, rule: str, batch: int, steps: int, top: int) -> dict[s
     for _ in range(3):  # scales are measured, roles found
         step()
     counted = arithmetic(model, x, lambda out: loss_of(out, y))
-    peak = peak_of(step, "cpu")
+    added = peak_of(step, "cpu")
+    model.zero_grad()
     exact = {
         "forward_flops": counted.forward,
         "backward_flops": counted.backward,
-        "peak_bytes": peak,
+        "peak_bytes": peak_of(step, "cpu"),
+        "peak_bytes_adding": added,
+        "feedback_bytes": rewire.summary(model).feedback_bytes if rule != "bp" else 0,
     }
     if not steps:
         return exact
@@ -103,6 +107,8 @@ def show(title: str, found: dict[str, dict[str, Any]], console: Console) -> None
         "backward, MFLOP": lambda r: f"{r['backward_flops'] / 1e6:.1f}",
         f"arithmetic / {next(iter(found))}": lambda r: f"{(r['forward_flops'] + r['backward_flops']) / whole:.3f}",
         "peak memory, kB": lambda r: f"{r['peak_bytes'] / 1e3:.1f}",
+        "  gradients there, kB": lambda r: f"{r['peak_bytes_adding'] / 1e3:.1f}",
+        "feedback, kB": lambda r: f"{r['feedback_bytes'] / 1e3:.1f}",
     }
     if "shares" in reference:
         rows["matrix products"] = lambda r: f"{r['products']:.0f}"
