@@ -43,6 +43,7 @@ class Host:
 
     Attributes:
         below: relative name and state of each layer anywhere below: watched for in the first pass.
+        inside: the states of all of them, for good.
         children: those of them whose nearest module, containers aside, this is.
         used: those of them whose weight this module was seen using.
         makes: it made another tensor of a weight before it used that.
@@ -52,6 +53,7 @@ class Host:
 
     def __init__(self) -> None:
         self.below: list[tuple[str, LayerState]] = []
+        self.inside: list[LayerState] = []
         self.children: list[tuple[str, LayerState]] = []
         self.used: list[tuple[str, LayerState]] = []
         self.makes = False
@@ -156,6 +158,7 @@ def attach(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> None:
                 state.watched = True
                 entry = (name[len(above) + 1 if above else 0 :], state)
                 host.below.append(entry)
+                host.inside.append(state)
                 if nearest and not _calls_children(module):
                     host.children.append(entry)
             nearest = False
@@ -306,6 +309,10 @@ class Watch(TorchFunctionMode):
             mine = next((entry for entry in (*host.below, *host.children) if entry[1] is state), None)
             if mine is not None:
                 host.used.append(mine)
+                for inside in host.inside:
+                    if not inside.hosted:
+                        inside.hosted = True
+                        inside.changed()
                 host.makes = host.makes or bool(self.joined) or not isinstance(owned.tensor, nn.Parameter)
                 return
 

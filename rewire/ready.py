@@ -73,7 +73,7 @@ def traceable(state: LayerState) -> bool:
     rule = state.rule
     if not state.wiring.looked or (state.watched and not state.seated) or state.counts:
         return False
-    if state.wiring.guard is not None or state.learner is not None:
+    if state.wiring.guard is not None or state.learner is not None or state.hosted:
         return False
     if state.idle:
         return True

@@ -45,6 +45,7 @@ class LayerState:
         std: standard deviation of the entries of a local feedback; None while the weight is on ``meta``.
         ran: it has run with gradients on.
         start: root mean square of its output in the first call it ever ran in; None before that.
+        hosted: it runs inside of a module that is watched for uses of weights in every call.
         functional: another module uses its weight directly (:mod:`rewire.hosts`).
         seated: one of those is PyTorch's own attention, around it (:mod:`rewire.attention`).
         watched: such uses are, or may be, watched for.
@@ -110,6 +111,7 @@ class LayerState:
         self.ran = False
         self.start: float | None = None
         self.functional = False
+        self.hosted = False
         self.seated = False
         self.watched = False
         self.busy: set[int] = set()

@@ -184,7 +184,8 @@ def test_a_graph_break_between_layer_and_output_is_no_silence():
     assert "graph break" in str(caught.value) or isinstance(caught.value, PassError)
 
 
-def test_use_of_a_weight_by_another_module_is_under_its_rule():
+@pytest.mark.parametrize("rule", ["dfa", "fa", "frsf"])
+def test_use_of_a_weight_by_another_module_is_under_its_rule(rule):
     class Uses(nn.Module):
         def __init__(self):
             super().__init__()
@@ -194,7 +195,7 @@ def test_use_of_a_weight_by_another_module_is_under_its_rule():
             return self.c(torch.tanh(F.linear(torch.tanh(self.a(x)), self.used.weight)))
 
     torch.manual_seed(0)
-    model = rewire.convert(Uses(), "dfa")
+    model = rewire.convert(Uses(), rule)
     x = torch.randn(5, 4)
     for _ in range(2):
         model(x).square().sum().backward()
