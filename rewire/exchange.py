@@ -51,7 +51,7 @@ def exchange(y: Tensor, backward: BackwardWeight, *, transposed: bool) -> bool:
         for place, turned in _PLACES:
             saved = getattr(node, place, None)
             if saved is not None:
-                _put(saved, backward, turned and not transposed)
+                _put(saved, backward, turned and not transposed, batched=_is_batched(node))
                 return True
         node = node.next_functions[0][0] if node.next_functions else None
     return False
@@ -107,9 +107,14 @@ def exchange_within(
             weight: Tensor | None = None if saved is None else getattr(node, place.replace("_raw", ""))
             if weight is None or weight.data_ptr() in pointers:
                 continue
+            batched = _is_batched(node)
+            if batched:
+                if weight.stride(0):
+                    continue  # not one weight for all of a batch
+                weight = weight[0]
             turned = turned and not transposed
             if weight.shape == (shape[::-1] if turned else shape):
-                _put(saved, backward, turned, note=True)
+                _put(saved, backward, turned, note=True, batched=batched)
                 count += 1
                 break
     return count
@@ -166,10 +171,32 @@ class Exchange:
         return made.t() if self.turned else made
 
 
-def _put(saved: Any, backward: BackwardWeight, turned: bool, note: bool = False) -> None:
+def _is_batched(node: Node) -> bool:
+    return node.name() == "BmmBackward0"
+
+
+class _Batched:
+    """The same for a product of batches, which keeps W expanded: of an x that is not contiguous and a frozen weight."""
+
+    def __init__(self, one: Exchange) -> None:
+        self.one = one
+        self.size = 1
+
+    def pack(self, kept: Tensor) -> Any:
+        """As :meth:`Exchange.pack`."""
+        self.size = kept.shape[0]
+        return self.one.pack(kept[0])
+
+    def unpack(self, packed: Any) -> Tensor:
+        """As :meth:`Exchange.unpack`."""
+        return self.one.unpack(packed).expand(self.size, -1, -1)
+
+
+def _put(saved: Any, backward: BackwardWeight, turned: bool, note: bool = False, batched: bool = False) -> None:
     hooks = backward.exchange
     if hooks is None or hooks.turned != turned or hooks.note != note:
         hooks = Exchange(backward, turned, note)
         if backward.lasting:
             backward.exchange = hooks
-    saved.register_hooks(hooks.pack, hooks.unpack)
+    pair = _Batched(hooks) if batched else hooks
+    saved.register_hooks(pair.pack, pair.unpack)

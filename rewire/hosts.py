@@ -372,6 +372,8 @@ def attend(
     if not any([isinstance(x, Tensor) and x.requires_grad for x in given]) and not any(
         p.requires_grad for p in module.parameters()
     ):
+        for state in states if output is None else [*states, output]:
+            state.ran = state.idle = True
         return forward(module, *args, **kwargs)  # PyTorch's fast path, if it takes it
     layers = [("", state) for state in states]
     if output is not None:

@@ -315,7 +315,7 @@ class LayerState:
     def wake(self) -> None:
         """A layer that took no part takes part again: it may turn out to be anything."""
         self.idle = False
-        self.wiring.certain = False
+        self.wiring.certain = self.wiring.prepared = False
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""

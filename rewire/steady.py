@@ -48,6 +48,8 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         return _first(state, module, forward, x)
     if not state.settled:
         return run(state, module, forward, (x,), {})
+    if state.idle:
+        state.wake()
     node = x.grad_fn
     errors: list[OutputError] = []
     B = state.mirror
@@ -129,7 +131,7 @@ def steady_projection(
     Returns:
         None for a call that is special after all.
     """
-    if state.wiring.unsettled or state.observer is not None or not x.requires_grad or _transforming():
+    if state.wiring.unsettled or state.observer is not None or not x.requires_grad or state.idle or _transforming():
         return None
     if state.steady_use == "local":
         return _exchanged_projection(state, weight, x, view, bias)
@@ -172,7 +174,14 @@ def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tens
 def _exchanged(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
     """The layer's output, B being where its operation keeps its weight; None if that cannot be."""
     if not x.requires_grad:
-        return forward(module, x)
+        y = forward(module, x)
+        if not y.requires_grad:
+            return idle(state, y)
+        if state.idle:
+            state.wake()
+        return y
+    if state.idle:
+        state.wake()
     backward = _weight_of(state)
     hooks = backward.exchange
     B = None if hooks is None or not hooks.turned else hooks.fixed
@@ -209,7 +218,7 @@ def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward,
     """:func:`run` for an output layer under a direct rule: its join hands back to its own input as well."""
     B = state.mirror
     fits = B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast()
-    if not fits or not x.requires_grad or state.wiring.unsettled or _transforming():
+    if not fits or not x.requires_grad or state.idle or state.wiring.unsettled or _transforming():
         return run(state, module, forward, (x,), {})
     node = x.grad_fn
     call = Call(state, [] if node is None else [node], [], [])

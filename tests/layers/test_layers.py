@@ -713,6 +713,60 @@ def test_frozen_layers_hand_back_all_the_same(rule):
         close(model[4].weight.grad, e.T @ h2)
 
 
+LAID_OUT = {
+    "expanded": lambda h: h[:, :1].expand(-1, 3, -1),
+    "transposed": lambda h: h.transpose(0, 1),
+    "every second": lambda h: h[:, ::2],
+    "images": lambda h: h[:, None].expand(-1, 2, -1, -1),
+}
+
+
+class Written(nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.t()
+        return y if self.bias is None else y + self.bias
+
+
+class OtherLayout(nn.Module):
+    """A layer whose input does not lie in memory in the order of its dimensions."""
+
+    def __init__(self, how, bias, kind):
+        super().__init__()
+        self.how = LAID_OUT[how]
+        self.first, self.layer, self.head = nn.Linear(5, 6), kind(6, 7, bias=bias), nn.Linear(7, 4)
+
+    def forward(self, x):
+        self.x = self.how(torch.tanh(self.first(x)))
+        self.x.retain_grad()
+        self.y = self.layer(self.x)
+        if self.y.requires_grad:
+            self.y.retain_grad()
+        return self.head(torch.tanh(self.y))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("how", LAID_OUT)
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf"])
+@pytest.mark.parametrize("frozen", [["layer"], ["layer", "head"], ["head"]], ids=" ".join)
+@pytest.mark.parametrize("kind", [nn.Linear, Written])
+def test_frozen_layers_of_inputs_laid_out_otherwise(kind, rule, how, bias, frozen):
+    """PyTorch's product is another then, which keeps the weight of a frozen layer once for each of a batch."""
+    model = rewire.convert(seeded(lambda: OtherLayout(how, bias, kind)), rule, scale=0.3)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    x = draw(4, 3, 5)
+    for passes in range(1, 4):
+        model.zero_grad()
+        out = model(x)
+        e = draw(*out.shape, seed=3)
+        (out * e).sum().backward()
+        B = rewire.feedback(model)
+        close(model.x.grad, model.y.grad @ B["layer"])
+        close(model.y.grad, (e @ B["head"]) * (1 - torch.tanh(model.y.detach()) ** 2))
+        if rule == "brsf":
+            assert model.layer._rewire.draws == passes
+
+
 def test_frozen_below_and_bias_only():
     make = lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(16, 4))  # noqa: E731
     for rule in ("fa", "usf", "dfa"):

@@ -397,6 +397,50 @@ def test_a_frozen_backbone_that_is_thawed(rule, later):
     same(model[2].weight.grad, reference[2].weight.grad)
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))[:, None].expand(-1, 3, -1)
+        h = self.attention(h, h, h, need_weights=False)[0]
+        return self.head(torch.tanh(self.b(h)).mean(1))
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa", "usf", "brsf"])
+def test_what_is_frozen_and_thawed_on_the_way_is_said(rule):
+    """Gradual unfreezing, from a model that has trained as a whole."""
+
+    def costs_nothing():
+        return [row.name for row in rewire.summary(model).rows if "costs nothing" in row.note]
+
+    def passes():
+        for _ in range(2):
+            model(x).square().sum().backward()
+
+    model, x = rewire.convert(Attending(), rule), torch.randn(6, 5)
+    passes()
+    passes()
+    assert not costs_nothing()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("head"))
+    passes()
+    below = ["a", "attention.in_proj", "attention.out_proj", "b"]
+    assert costs_nothing() == below
+    for name in ("b", "attention", "a"):
+        model.get_submodule(name).requires_grad_()
+        passes()
+        del below[[part.split(".")[0] for part in below].index(name) :]
+        assert costs_nothing() == below
+    model.requires_grad_(False)
+    model(x)
+    model.a.requires_grad_()
+    passes()
+    assert not costs_nothing()  # all above the lowest take part
+
+
 def test_what_is_thawed_measures_its_scale_then():
     model = train(half_frozen("dfa"))
     assert rewire.scales(model).keys() == {"6"}
