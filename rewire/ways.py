@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 # How one shape of e reaches one shape of x, the feedback on the way, and the shape of its dense equivalent.
 Way = tuple[Route, Tensor | Feedback, tuple[int, ...]]
 
-_BELOW = " and, likewise, others below that output layer"
-_ALIKE = " and, likewise, others with such inputs"
+_AND_OTHERS = " and, likewise, others below that output layer"
 
 
 def find(
@@ -111,18 +110,17 @@ def _route(
         wiring.readings.add(route.reading)
         for other in wiring.layers.values():  # what one layer shows may decide what another's shapes mean
             other.last = None
-    needed = route.feedback_shape
     if route.ambiguous is not None:
         make = f"{type(rule).__name__}(layout='sequence_first')"
-        # Once for all of them; sizes of batch and sequence may change from pass to pass.
-        alike, others = ("below", _BELOW) if route.common else (f"{len(shape)} {needed[1:]}", _ALIKE)
+        others = _AND_OTHERS if route.common else ""
         wiring.warn_once(
-            f"layout:{error.state.name}:{alike}",
+            f"layout:{error.state.name}:below" if route.common else f"layout:{state.name}",
             f"layer {state.label}{others}: its input of shape {tuple(shape)}, for an output error of shape "
             f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
             f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; or keep the layer "
             f"on backprop, layers={{{state.name!r}: 'bp'}}",
         )
+    needed = route.feedback_shape
     # All shapes of x that need the same B share it: a short last batch, another sequence length.
     key = (structure, error.state.name, index, needed, dtype, device)
     feedback = state.made.get(key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -828,19 +827,6 @@ def test_a_guess_is_said_once_by_layer_with_both_readings():
     text = str(only.message)
     for word in ("'layer'", "(3, 3, 6)", "(3, 4)", "batch first", "sequence first", "DFA(layout=", "layers="):
         assert word in text
-
-
-def test_a_guess_is_said_once_for_layers_with_inputs_alike():
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in pairwise([5, 6, 6, 6, 7, 7])))
-    model.append(nn.Flatten(1)).append(nn.LazyLinear(4))
-    model(torch.randn(3, 3, 5))
-    rewire.convert(model, "dfa")
-    with pytest.warns(rewire.RewireWarning) as said:
-        for _ in range(3):
-            model(torch.randn(3, 3, 5)).square().sum().backward()
-    texts = [str(one.message) for one in said]
-    assert [text.split(",")[0] for text in texts] == ["layer '4.0' and", "layer '3.0' and"]
-    assert "others with such inputs: its input of shape (3, 3, 6)" in texts[1]
 
 
 def test_earlier_passes_decide_what_fits_twice():
