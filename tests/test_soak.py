@@ -88,7 +88,7 @@ def check(rule, steps, warm, look_every, growth):
         warnings.simplefilter("ignore", rewire.RewireWarning)
         (tensors, ours, before), (tensors_then, ours_then, after) = soak(rule, steps, warm, look_every)
     assert abs(tensors - tensors_then) < 50  # a leak is one in each step; tests before this one may leave some
-    assert ours_then == ours
+    assert ours_then <= ours  # fewer: what tests before this one have left may go in between
     assert after - before < growth, f"{(after - before) / 2**20:.1f} MiB more after {steps - warm} steps"
     return after - before
 
@@ -111,7 +111,7 @@ def test_streamed_passes_leave_no_memory_behind():
         if i + 1 in (30, 90):
             measured.append((*live(), resident()))
     (_, ours, before), (_, ours_then, after) = measured
-    assert ours_then == ours
+    assert ours_then <= ours  # fewer: what tests before this one have left may go in between
     assert after - before < 48 * 2**20, f"{(after - before) / 2**20:.1f} MiB more"  # activations take 12
 
 
