@@ -18,6 +18,7 @@ from rewire.nodes import Node
 
 # Where nodes keep the weight, and whether what lies there is its transpose if W is (out, in).
 _PLACES = (("_raw_saved_mat2", True), ("_raw_saved_weight", False))
+_BATCHES: type = torch._C._functions.BmmBackward0  # type: ignore[attr-defined]
 _DEPTH = 5  # a linear operation makes no more nodes than this: views, a sum with the bias, the product
 
 
@@ -51,7 +52,7 @@ def exchange(y: Tensor, backward: BackwardWeight, *, transposed: bool) -> bool:
         for place, turned in _PLACES:
             saved = getattr(node, place, None)
             if saved is not None:
-                _put(saved, backward, turned and not transposed, batched=_is_batched(node))
+                _put(saved, backward, turned and not transposed, batched=type(node) is _BATCHES)
                 return True
         node = node.next_functions[0][0] if node.next_functions else None
     return False
@@ -107,7 +108,7 @@ def exchange_within(
             weight: Tensor | None = None if saved is None else getattr(node, place.replace("_raw", ""))
             if weight is None or weight.data_ptr() in pointers:
                 continue
-            batched = _is_batched(node)
+            batched = type(node) is _BATCHES
             if batched:
                 if weight.stride(0):
                     continue  # not one weight for all of a batch
@@ -169,10 +170,6 @@ class Exchange:
             )
         made = self.backward.combine(weight, random)
         return made.t() if self.turned else made
-
-
-def _is_batched(node: Node) -> bool:
-    return node.name() == "BmmBackward0"
 
 
 class _Batched:

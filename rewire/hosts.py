@@ -285,7 +285,7 @@ class Watch(TorchFunctionMode):
         owned = self.owner(view)
         last = owned is not None and owned.state is self.last
         y: Any = None
-        if owned is not None and owned.state.steady_use and owned.tensor is owned.weight and _active.get() is None:
+        if owned is not None and owned.state.steady_use and _active.get() is None:
             y = steady_projection(owned.state, owned.weight, x, view, bias, seat, self.within if last else None)
         if y is None:
             use = uses.of_linear(self.owner, x, view, bias)
@@ -368,16 +368,16 @@ def attend(
         states: of its own projections.
         output: of its output projection, a child.
     """
+    layers = [("", state) for state in states]
+    if output is not None:
+        layers.append(("out_proj", output))
     given = (*args, *kwargs.values())
     if not any([isinstance(x, Tensor) and x.requires_grad for x in given]) and not any(
         p.requires_grad for p in module.parameters()
     ):
-        for state in states if output is None else [*states, output]:
+        for _, state in layers:
             state.ran = state.idle = True
         return forward(module, *args, **kwargs)  # PyTorch's fast path, if it takes it
-    layers = [("", state) for state in states]
-    if output is not None:
-        layers.append(("out_proj", output))
     watch: Any = Watch()
     watch.batch_first, watch.last = module.batch_first, output
     watch.add(module, None, layers)

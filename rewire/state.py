@@ -200,7 +200,6 @@ class LayerState:
                 if isinstance(state.local, BackwardWeight):
                     state.local.exchange = None
                 state.local = state.learner = state.last = None
-                state.routes = {}
             wiring.layers = {}
 
     @property
@@ -313,9 +312,11 @@ class LayerState:
         return self.linked and not rule.watches and not rule.context
 
     def wake(self) -> None:
-        """A layer that took no part takes part again: it may turn out to be anything."""
+        """A layer that took no part takes part again: one that never did may turn out to be anything."""
         self.idle = False
-        self.wiring.certain = self.wiring.prepared = False
+        self.wiring.prepared = False
+        if self.role is Role.UNKNOWN:
+            self.wiring.certain = False
 
     def running(self) -> bool:
         """Whether it is running now, in this thread."""

@@ -191,11 +191,12 @@ def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:
     """Give ``module`` the class ``cls``, with its state."""
     module.__dict__[STATE] = state
     module.__class__ = cls
-    if states_of(module):
-        module.__dict__[OWNER] = Owner(states_of(module))
+    states = states_of(module)
+    if states:
+        module.__dict__[OWNER] = Owner(states)
 
 
-Swapped = tuple[type[nn.Module], dict[str, Any], dict[str, "Tensor | None"]]
+Swapped = tuple[type[nn.Module], dict[str, Any], dict[str, Tensor | None]]
 
 
 def swap_out(module: nn.Module) -> Swapped:

@@ -114,7 +114,7 @@ def test_not_only_deleted(rule, how, net):
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("rule", EVERY.values())
 def test_a_loss_outlives_its_model(rule, net):
-    """Nobody does without what is given back: it is made again."""
+    """What its backward needs lives as long as it does."""
     torch.manual_seed(0)
     model = trained(net, rule)
     other = copy.deepcopy(model)

@@ -23,12 +23,22 @@ def resident():
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def of_ours():
+    """Objects of the library that are alive."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if str(type(thing).__module__).startswith("rewire.")]
+
+
 def live():
     """Tensors alive, and objects of ours."""
-    gc.collect()
-    found = gc.get_objects()
-    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in found)
-    return tensors, sum(str(type(thing).__module__).startswith("rewire.") for thing in found)
+    ours = len(of_ours())
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()), ours
+
+
+@pytest.fixture(autouse=True)
+def others():
+    """What tests before have left stays until the end: none of it goes between two counts."""
+    return of_ours()
 
 
 class Net(nn.Module):
@@ -88,7 +98,7 @@ def check(rule, steps, warm, look_every, growth):
         warnings.simplefilter("ignore", rewire.RewireWarning)
         (tensors, ours, before), (tensors_then, ours_then, after) = soak(rule, steps, warm, look_every)
     assert abs(tensors - tensors_then) < 50  # a leak is one in each step; tests before this one may leave some
-    assert ours_then <= ours  # fewer: what tests before this one have left may go in between
+    assert ours_then == ours
     assert after - before < growth, f"{(after - before) / 2**20:.1f} MiB more after {steps - warm} steps"
     return after - before
 
@@ -111,7 +121,7 @@ def test_streamed_passes_leave_no_memory_behind():
         if i + 1 in (30, 90):
             measured.append((*live(), resident()))
     (_, ours, before), (_, ours_then, after) = measured
-    assert ours_then <= ours  # fewer: what tests before this one have left may go in between
+    assert ours_then == ours
     assert after - before < 48 * 2**20, f"{(after - before) / 2**20:.1f} MiB more"  # activations take 12
 
 

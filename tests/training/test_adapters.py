@@ -439,6 +439,7 @@ def test_what_is_frozen_and_thawed_on_the_way_is_said(rule):
     model.a.requires_grad_()
     passes()
     assert not costs_nothing()  # all above the lowest take part
+    assert model.head._rewire.wiring.certain  # of the role of each: no need to find out again
 
 
 def test_what_is_thawed_measures_its_scale_then():
