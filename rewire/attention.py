@@ -55,11 +55,13 @@ class Seat:
     """How a tensor inside the function, (T, N, E) or (T·N, E), lies in the model around it.
 
     Attributes:
+        length: T of the query, which alone is seen flattened.
         batch: N.
         batched: whether the model's tensors have a batch dimension.
         batch_first: whether it is in front.
     """
 
+    length: int
     batch: int
     batched: bool
     batch_first: bool
@@ -67,7 +69,7 @@ class Seat:
     def outer(self, x: Tensor) -> Tensor:
         """x as the model has it, which is what feedback is found for."""
         if x.dim() == 2:
-            x = x.view(-1, self.batch, x.shape[-1])
+            x = x.view(self.length, self.batch, x.shape[-1])
         if not self.batched:
             return x.squeeze(1)
         return x.transpose(0, 1) if self.batch_first else x
@@ -93,7 +95,7 @@ def attend(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """
     query: Tensor = args[0] if args else kwargs["query"]
     batched = query.dim() == 3
-    seat = Seat(query.shape[1] if batched else 1, batched, batch_first)
+    seat = Seat(query.shape[0], query.shape[1] if batched else 1, batched, batch_first)
     token = _under_way.set((operation, seat))
     try:
         return _function()(*args, **kwargs)

@@ -60,10 +60,10 @@ class Wall:
         """Note what one port hands back; several layers may share the tensor."""
         self.fed = fed if self.fed is None else self.fed + fed
 
-    def __call__(self, gradient: Tensor) -> Tensor:
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
         """The tensor's hook: replaces the sum of all gradients, skip connections' included."""
         fed, self.fed = self.fed, None
-        return torch.zeros_like(gradient) if fed is None else fed
+        return torch.zeros_like(gradient) if fed is None and gradient is not None else fed
 
 
 def wall_at(x: Tensor) -> Wall | None:
@@ -74,8 +74,11 @@ def wall_at(x: Tensor) -> Wall | None:
     wall = walls.get(x.output_nr)
     if wall is None:
         wall = walls[x.output_nr] = Wall()
-        hook: Callable[..., Any] = x.register_hook
-        hook(wall)
+        register: Callable[..., Any] = x.register_hook
+        register(wall)
+        hooks: Any = x._backward_hooks
+        for key in [*hooks][:-1]:  # those there before see what is fed back, as those to come do
+            hooks[key] = hooks.pop(key)
     return wall
 
 

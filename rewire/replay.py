@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from rewire.errors import PassError
+from rewire.learned import PREFIX
 from rewire.state import LayerState
 
 
@@ -21,7 +22,8 @@ class Before:
 
     - random number generators: PyTorch's on the CPU and on the devices of the model and its inputs, NumPy's and
       Python's;
-    - every buffer (batch statistics, power iterations, counters);
+    - every buffer (batch statistics, power iterations, counters) but feedback that learns, which sees to it itself that
+      a pass changes it once;
     - how often the layers' rules have redrawn their feedback.
 
     Args:
@@ -34,11 +36,7 @@ class Before:
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._inputs = [(x, x._version) for x in tensors if not x.is_inference()]
         self._draws = [(state, state.draws) for state in layers]
-        self._buffers: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._buffers.append((module._buffers, name, buffer, buffer.detach().clone()))
+        self._buffers = [_Buffers(module._buffers) for module in model.modules()]
         self._cpu = torch.get_rng_state()
         on_devices = [*model.parameters(), *model.buffers(), *tensors]
         self._devices, self._device_states = get_device_states(*on_devices)
@@ -68,7 +66,34 @@ class Before:
 
     def put_back_buffers(self) -> None:
         """The buffers alone."""
-        for owner, name, buffer, value in self._buffers:
-            owner[name] = buffer
+        for buffers in self._buffers:
+            buffers.put_back()
+
+
+class _Buffers:
+    """Those of one module."""
+
+    def __init__(self, owner: dict[str, Tensor | None]) -> None:
+        self._owner = owner
+        self._before = {name: buffer for name, buffer in owner.items() if not name.startswith(PREFIX)}
+        self._values = {name: _once(b.detach()).clone() for name, b in self._before.items() if b is not None}
+
+    def put_back(self) -> None:
+        for name in [name for name in self._owner if name not in self._before and not name.startswith(PREFIX)]:
+            del self._owner[name]
+        self._owner.update(self._before)
+        for name, value in self._values.items():
+            buffer = self._before[name]
+            assert buffer is not None
             # Not a change in autograd's eyes (as batch statistics are not): an older graph may have saved the buffer.
-            buffer.data.copy_(value)
+            _once(buffer.data).copy_(value)
+
+
+def _once(t: Tensor) -> Tensor:
+    """Each number of t once: along expanded dimensions, the first of them."""
+    if t.layout is not torch.strided:
+        return t
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            t = t.narrow(dim, 0, 1)
+    return t

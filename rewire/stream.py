@@ -10,22 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.optim import Optimizer
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from rewire.arguments import check_loss, check_model
-from rewire.edges import alias, check, port, wall_at
+from rewire.edges import alias, port, wall_at
 from rewire.errors import ConversionError, PassError
 from rewire.layers.kinds import Forward
 from rewire.learning import look
 from rewire.marks import finish
-from rewire.passes import Call, OutputError, backward_id
+from rewire.passes import OutputError, backward_id
 from rewire.pieces import Edge, Plan, SeenCall, SeenWall, Step, plan
 from rewire.preview import call as call_model
 from rewire.replay import Before
@@ -179,6 +180,11 @@ class _Saving:
         return saved
 
 
+def _ticket() -> Tensor:
+    """In place of those of ports: keeps the graph in one piece where layers are frozen, in both forwards alike."""
+    return torch.zeros((), requires_grad=True)
+
+
 class _Survey(Stream):
     """The first forward: which layers are called, with what, and what the loss sees.
 
@@ -191,11 +197,11 @@ class _Survey(Stream):
     def __init__(self, wiring: Wiring) -> None:
         self.wiring = wiring
         self.calls: list[SeenCall] = []
+        self._start: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.walls: dict[Edge, SeenWall] = {}
         self.saving = _Saving()
         self._outputs: list[tuple[OutputError, GradientEdge]] = []
-        # In place of the ports' tickets: keeps the graph in one piece where layers are frozen.
-        self._ticket = torch.zeros((), requires_grad=True)
+        self._ticket = _ticket()
 
     def direct(
         self,
@@ -236,7 +242,9 @@ class _Survey(Stream):
         wall = self.walls.get(edge)
         if wall is None:
             nodes: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-            detachable = type(x) is Tensor and not x._is_view()
+            # What was there before this pass is not ours to cut off.
+            ours = x.grad_fn._sequence_nr() >= self._start
+            detachable = ours and type(x) is Tensor and not x._is_view()
             self.walls[edge] = SeenWall(len(self.walls), nodes, detachable, time)
         else:
             wall.last = time
@@ -278,6 +286,7 @@ class _Pieces(Stream):
         self._steps = found.steps
         self._time = -1
         self._stepper = stepper
+        self._ticket = _ticket()
         self._tickets: dict[int, list[Tensor]] = {}
         self._cut: dict[int, Tensor] = {}  # what stands in for a tensor that is cut already
         self._left = [wall.uses for wall in found.walls]
@@ -310,10 +319,8 @@ class _Pieces(Stream):
         if self._stepper is not None and step.ready:
             self._stepper.step(step.ready)
         args, kwargs = _unflattened(leaves, spec)
-        y = finish(state, forward(module, *args, **kwargs), [], [], step.errors, 0)
-        if step.inputs and not step.errors:
-            self._watch(state, y)
-        return y
+        tickets = [self._ticket] if step.inputs else []
+        return finish(state, forward(module, *args, **kwargs), [], tickets, step.errors, 0)
 
     def _next(self, state: LayerState) -> Step:
         self._time += 1
@@ -344,13 +351,6 @@ class _Pieces(Stream):
             x.detach_()
         if not more:
             self._cut.pop(number, None)
-
-    def _watch(self, state: LayerState, output: Any) -> None:
-        """A layer that no output error reaches must not get a gradient, as in an ordinary pass."""
-        call = Call(state, [], [], [])
-        for y in tree_leaves(output):
-            if isinstance(y, Tensor) and y.grad_fn is not None:
-                y.grad_fn.register_prehook(partial(check, call, False))
 
     def _backward(self, roots: list[Tensor]) -> None:
         if roots:
@@ -453,4 +453,15 @@ def _no_autocast() -> Iterator[None]:
 
 
 def _detached(outputs: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+    return tree_map(_detached_leaf, outputs)
+
+
+def _detached_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach()
+    if not is_dataclass(leaf) or isinstance(leaf, type):
+        return leaf
+    made = copy(leaf)
+    for item in fields(leaf):
+        object.__setattr__(made, item.name, _detached(getattr(leaf, item.name)))
+    return made

@@ -1,6 +1,7 @@
 """``on_nonfinite=``: gradients that are not finite, errors of zero, feedback that explodes."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -421,3 +422,15 @@ def test_a_config_keeps_the_mode_and_what_was_recorded():
     other.load_state_dict(model.state_dict())
     with pytest.raises(PassError, match="exploding"):
         backward(other, 1e6)
+
+
+def test_what_is_skipped_leaves_walls_without_a_gradient():
+    model = rewire.convert(net(), "dfa", skip="cut", on_nonfinite="skip")
+    for seed in (1, 2):
+        backward(model, seed=seed)
+    model.zero_grad()
+    with pytest.warns(RewireWarning, match="output error is not finite"):
+        backward(model, factor=math.nan)
+    assert all(g is None for g in grads(model))
+    backward(model)
+    assert all(g is not None and g.isfinite().all() and g.any() for g in grads(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -872,20 +873,26 @@ def test_a_hidden_layer_the_loss_sees_directly():
     refused("'b' got a gradient", model, kind=rewire.PassError)
 
 
+LEARN = [
+    "dkp",
+    "grape(every=2, anchor=3)",
+    "fitted(every=2)",
+    "fitted(by='jvp', every=1)",
+    "switch(first='sdfa', then='dfa', at=3)",
+    "anchored(rule='dfa', every=2)",  # passes under bp, too, are ordinary ones
+]
+LEARN_LOCALLY = ["kp", "wm", "wm(every=2)", "ldfa", "pfa", "switch(first='usf', then='fa', at=3)"]
+
+
 @pytest.mark.parametrize(
-    "rule",
-    [
-        "dkp",
-        "grape(every=2, anchor=3)",
-        "fitted(every=2)",
-        "fitted(by='jvp', every=1)",
-        "switch(first='sdfa', then='dfa', at=3)",
-        "anchored(rule='dfa', every=2)",  # passes under bp, too, are ordinary ones
-    ],
+    ("rule", "layers"), [*((rule, None) for rule in LEARN), *(("dfa", {"2": rule}) for rule in LEARN_LOCALLY)]
 )
-def test_two_forwards_are_one_pass(rule):
+def test_two_forwards_are_one_pass(rule, layers):
     """For what learns from passes, and for what counts them."""
-    models = [rewire.convert(seeded(chain, 5, 7, 6, 4), rule, skip="cut", scale=0.3, output="4") for _ in range(2)]
+    models = [
+        rewire.convert(seeded(chain, 5, 7, 6, 4), rule, skip="cut", scale=0.3, output="4", layers=layers)
+        for _ in range(2)
+    ]
     for step in range(6):
         x, labels = randn(8, 5, seed=step), torch.arange(8) % 4
         for model in models:
@@ -898,6 +905,148 @@ def test_two_forwards_are_one_pass(rule):
                 p -= 0.1 * p.grad
                 q -= 0.1 * q.grad
         states = [{k: v for k, v in model.state_dict().items() if "rewire_" in k} for model in models]
-        assert states[0].keys() == states[1].keys() and states[0]
+        assert states[0].keys() == states[1].keys() and (states[0] or "switch" in str(layers))
         for name, value in states[0].items():
             torch.testing.assert_close(states[1][name], value, atol=1e-10, rtol=0)
+
+
+class Scaled(nn.Module):
+    """A chain behind a buffer that is one number for many places."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.full((1, 1), 2.0).expand(3, 8)[0])
+        self.body = chain(8, 8, 8, CLASSES)
+
+    def forward(self, x):
+        return self.body(x * self.factor)
+
+
+class Mixed(nn.Module):
+    """Nodes of a graph, mixed by a sparse matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("edges", torch.eye(N).roll(1, 0).to_sparse())
+        self.body = chain(8, 8, 8, CLASSES)
+
+    def forward(self, x):
+        return self.body(self.edges @ x)
+
+
+class Lazy(nn.Module):
+    """Statistics that are not there before the first forward."""
+
+    def __init__(self, registered):
+        super().__init__()
+        if registered:
+            self.register_buffer("mean", None)
+        self.body = chain(8, 8, 8, CLASSES)
+
+    def forward(self, x):
+        with torch.no_grad():
+            if getattr(self, "mean", None) is None:
+                self.register_buffer("mean", x.mean(0))
+            else:
+                self.mean = 0.9 * self.mean + 0.1 * x.square().mean(0)
+        return self.body(x - self.mean)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Scaled, Mixed, lambda: Lazy(False), lambda: Lazy(True)],
+    ids=["expanded", "sparse", "new", "none"],
+)
+def test_buffers_are_put_back_whatever_they_are(make):
+    ordinary = settled(rewire.convert(seeded(make), "dfa", skip="cut"), x8, loss_of)
+    if isinstance(ordinary, Lazy):
+        del ordinary.mean
+    streamed = copy.deepcopy(ordinary)
+    for _ in range(2):
+        loss_of(ordinary(x8)).backward()
+        rewire.backward_streamed(streamed, x8, loss_of)
+    agree(streamed, ordinary)
+
+
+def test_an_input_from_elsewhere_stays_as_it_is():
+    """It is the caller's: cut off in place, it would silently lose its gradient for everything else."""
+    encoders = [seeded(nn.Linear, 8, 8).to(x8) for _ in range(2)]
+    ordinary = settled(rewire.convert(seeded(chain, 8, 8, 8, CLASSES).to(x8), "dfa", skip="cut"), x8, loss_of)
+    streamed = copy.deepcopy(ordinary)
+    penalties = []
+    for encoder, model in zip(encoders, (ordinary, streamed), strict=True):
+        z = torch.tanh(encoder(x8))
+        z.retain_grad()
+        if model is ordinary:
+            loss_of(model(z)).backward(retain_graph=True)
+        else:
+            rewire.backward_streamed(model, z, loss_of)
+        assert z.requires_grad and z.grad_fn is not None
+        penalties.append(z.grad)
+    agree(streamed, ordinary)
+    same(encoders[1].weight.grad, encoders[0].weight.grad, TOL)
+    same(penalties[1], penalties[0], TOL)
+
+
+@pytest.mark.parametrize("frozen", [("2", "4"), ("0", "2", "4"), ("4", "6"), ("2", "4", "6")])
+def test_layers_frozen_one_after_another(frozen):
+    model = seeded(chain, 8, 8, 8, 8, CLASSES).to(x8)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    ordinary = settled(rewire.convert(model, "dfa", skip="cut"), x8, loss_of)
+    streamed = copy.deepcopy(ordinary)
+    for _ in range(2):
+        loss_of(ordinary(x8)).backward()
+        rewire.backward_streamed(streamed, x8, loss_of)
+    agree(streamed, ordinary)
+
+
+def test_hooks_on_what_a_layer_is_fed_with():
+    """Those put there before count, as under ``skip="keep"``: they are given what was fed back."""
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+            self.factors = ()
+
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            for factor in self.factors:
+                h.register_hook(lambda g, factor=factor: g * factor)
+            return self.head(torch.tanh(self.b(h)))
+
+    found = {}
+    for factors in ((), (3.0, 2.0)):
+        ordinary = settled(rewire.convert(seeded(Hooked), "dfa", skip="cut"), x8, loss_of)
+        ordinary.factors = factors
+        streamed = copy.deepcopy(ordinary)
+        loss_of(ordinary(x8)).backward()
+        rewire.backward_streamed(streamed, x8, loss_of)
+        agree(streamed, ordinary)
+        found[factors] = ordinary.a.weight.grad
+    same(found[3.0, 2.0], 6 * found[()], TOL)
+
+
+def test_outputs_are_detached_whatever_they_are_in():
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        more: dict[str, torch.Tensor]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = chain(8, 8, 8, CLASSES)
+
+        def forward(self, x):
+            y = self.body(x)
+            return Output(y, {"twice": 2 * y})
+
+    def loss(out):
+        return loss_of(out.logits)
+
+    model = settled(rewire.convert(seeded(Model), "dfa", skip="cut"), x8, loss)
+    _, out = rewire.backward_streamed(model, x8, loss)
+    assert type(out) is Output
+    assert not out.logits.requires_grad and not out.more["twice"].requires_grad

@@ -295,6 +295,20 @@ def test_as_many_positions_as_samples():
             torch.testing.assert_close(parameter.grad, p[name].grad, msg=name)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("rule", ["bp", "fa", "dfa"])
+def test_batches_without_samples(rule, batch_first):
+    net = rewire.convert(seeded(batch_first=batch_first), rule)
+    for n in (N, N, 0):
+        net.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rewire.RewireWarning)
+            net(*(draw(n, T, 3),) * 3).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        if not name.startswith(("k.", "v.")):
+            assert parameter.grad is not None and not parameter.grad.any(), name
+
+
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
 def test_unbatched(rule):
     """PyTorch projects queries, keys and values apart then: each part of the weight has a feedback of its own."""
