@@ -96,6 +96,11 @@ class Guard:
             error.error = None  # of an earlier backward of the same pass
         return (None,) * len(gradients)
 
+    def look_first(self, state: LayerState, error: Tensor) -> None:
+        """Look at an output error that is found before any hook sees it: only what ends the pass is of interest."""
+        if self.mode == "raise" and not bool(error.isfinite().all()):
+            self._look(state, None, [error])
+
     def _problem(self, state: LayerState, gradients: list[Tensor]) -> str | None:
         """What is wrong, in words. One number of each gradient tells, in nearly all cases: its norm."""
         output = state.role.value == "output"

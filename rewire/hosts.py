@@ -168,6 +168,12 @@ def attach(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> None:
             _hook(by_name[name], host)
 
 
+def register() -> None:
+    """Tell Dynamo that what begins and ends watching is none of its business outside of a graph."""
+    for hook in (enter, leave):
+        traced.never_alone(hook, within=False)
+
+
 def _calls_children(module: nn.Module) -> bool:
     """Whether the forward is one of PyTorch's own, which call the layers they are made of."""
     return type(module).forward.__module__.startswith("torch.nn.modules.")

@@ -93,15 +93,16 @@ def held_B(state: LayerState, output: str, index: int) -> Tensor:
 def dense_feedback(state: LayerState, module: nn.Module) -> dict[tuple[str, int], Tensor]:
     """The dense B by (output layer, input), as used last; made again where a copy of the model dropped it."""
     used: dict[tuple[str, int], Tensor | Feedback] = {}
-    for (structure, output, index, shape, *_), feedback in state.made.items():
+    for (structure, output, index, shape, *like), feedback in state.made.items():
         place = (output, index)
-        if (structure, shape) == (state.structures.get(place), state.shapes.get(place)):
+        last = state.structures.get(place), state.shapes.get(place), state.kept_as.get(place)
+        if (structure, shape, tuple(like)) == last:
             used[place] = feedback
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    near = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     for (output, index), shape in state.shapes.items():
         if (output, index) not in used:
             structure = state.structures[output, index]
-            used[output, index] = B_of(state, structure, output, index, shape, like.dtype, like.device)
+            used[output, index] = B_of(state, structure, output, index, shape, near.dtype, near.device)
     return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
 
 

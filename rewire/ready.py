@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from rewire.layer_feedback import made_for
@@ -27,20 +28,22 @@ def prepare(wiring: Wiring) -> None:
     running = [state for state in states if (state.ran or not wiring.looked) and not state.idle]
     direct = [state for state in running if isinstance(state.rule, DirectRule)]
     # The layers of a pass find each other on one graph: all of them are part of it, or none.
-    wiring.unready = _unready(wiring, direct) if direct else ""
+    wiring.unready = _unready(wiring, running) if direct else ""
+    apart = bool(wiring.unready) or wiring.apart or wiring.broken
     for state in states:
-        state.in_graph = state.traceable and state.plain and not (direct and (wiring.unready or wiring.apart))
+        state.in_graph = state.traceable and state.plain and not (direct and apart)
         state.joins_traced = state.role is Role.OUTPUT and bool(direct)
 
 
-def _unready(wiring: Wiring, direct: list[LayerState]) -> str:
+def _unready(wiring: Wiring, running: list[LayerState]) -> str:
     if not wiring.looked:
         return "no ordinary training pass has come before the first compiled one"
     for state in wiring.layers.values():
         if state.ran and state.picks:
             return f"rows of the input of layer {state.label} are picked from the batch, or added up, by an index"
     outputs = [state for state in wiring.layers.values() if state.ran and state.role is Role.OUTPUT]
-    for state in dict.fromkeys([*direct, *outputs]):
+    # Whatever its rule: a layer outside is a break of the graph, between layers that have to find each other on one.
+    for state in dict.fromkeys([*running, *outputs]):
         if not (state.traceable and state.plain):
             return (
                 f"layer {state.label} cannot be part of a compiled graph under {state.rule!r}, or no ordinary "
@@ -59,13 +62,39 @@ def part(wiring: Wiring) -> None:
     wiring.apart = True
     for state in wiring.layers.values():
         state.in_graph = False
-    why = wiring.unready or "what was compiled under another rule breaks at every layer"
+    say(wiring)
+
+
+def say(wiring: Wiring) -> None:
+    """Say why layers under direct rules run outside of a compiled graph."""
+    why = wiring.unready or (
+        "layers are called by what it leaves out, such as a container, or a loop, with something in it that cannot be "
+        "compiled (or once could not, under another rule)"
+    )
     wiring.warn_once(
         "compile",
         f"torch.compile: {why}. So layers under direct rules run outside of compiled graphs from now on, each a "
         "graph break: gradients are right, but little time is saved. What can be compiled can be with "
-        "fullgraph=True, after one ordinary training pass",
+        "fullgraph=True, after one ordinary training pass: compile a copy.deepcopy of the model",
     )
+
+
+def widen(state: LayerState, dtype: torch.dtype) -> None:
+    """Give graphs no feedback in fewer bits than an input of ``dtype`` asks for: the last pass may have had others."""
+    changed = False
+    for place, (kept, device) in state.kept_as.items():
+        wide = torch.promote_types(kept, dtype)
+        if wide is not kept:
+            state.kept_as[place] = wide, device
+            changed = True
+    if state.random_as is not None:
+        shape, kept, device = state.random_as
+        wide = torch.promote_types(kept, dtype)
+        if wide is not kept:
+            state.random_as = shape, wide, device
+            changed = True
+    if changed:
+        _prepare(state)
 
 
 def traceable(state: LayerState) -> bool:
@@ -113,10 +142,12 @@ def _prepare(state: LayerState) -> None:
     """Put the feedback in order for a compiled graph: ``fixed``, for each input one B for each output layer."""
     rule = state.rule
     state.fixed, state.fixed_as, state.fixed_outputs, state.fixed_inputs, state.plain = (), (), (), (), True
+    state.has_feedback = True
     if isinstance(rule, DirectRule) and not rule.silent:
         structure = state.structure(rule)
         found = {place: _made(state, structure, *place) for place in state.shapes}
         Bs = {place: B for place, B in found.items() if B is not None}
+        state.has_feedback = bool(Bs)
         if len(Bs) < len(found) or (state.fed and not found):
             state.plain = False  # no pass of this process has shown yet what B is to be like
             return
@@ -135,4 +166,5 @@ def _prepare(state: LayerState) -> None:
     elif isinstance(rule, LocalRule) and rule.random:
         if state.random_as is not None:
             state.fixed = (state.random(rule, *state.random_as),)
-        state.plain = bool(state.fixed) or not state.fed
+        state.has_feedback = bool(state.fixed)
+        state.plain = state.has_feedback or not state.fed

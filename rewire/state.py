@@ -74,6 +74,7 @@ class LayerState:
         in_graph: its calls are, as are those of the layers it passes errors to and from.
         joins_traced: its output is joined to the pass there.
         fed: an input of it was seen to require a gradient.
+        has_feedback: there is what that graph would be given, or nothing that it needs.
         fixed: the feedback that graph is given; for direct rules, what ``fixed_as`` is made of.
         fixed_as: for each of ``fixed_inputs``, by number, one B for each of ``fixed_outputs``, output layers.
         kept_as: dtype and device of B, by (output layer, input), as the last pass needed it.
@@ -139,6 +140,7 @@ class LayerState:
         self.traceable = False
         self.plain = True
         self.fed = False
+        self.has_feedback = True
         self.in_graph = False
         self.fixed: tuple[Tensor, ...] = ()
         self.fixed_as: tuple[Tensor | Feedback, ...] = ()

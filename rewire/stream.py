@@ -87,8 +87,9 @@ def backward_streamed(
     After an error buffers are as they were, nothing is left behind in the model, and gradients of pieces that were
     done stay added.
 
-    Hooks on gradients see a piece at a time: a full backward hook on a module around several layers is not told of
-    gradients that its output has not seen yet.
+    Hooks on gradients see a piece at a time: a full backward hook on a module is not told of gradients that its output
+    has not seen yet, and what it puts in the place of its input's goes nowhere. A tensor that a layer was fed with is cut
+    off there, and can be hooked before, not after.
 
     Example:
         >>> rewire.convert(model, "dfa", skip="cut")
@@ -269,7 +270,10 @@ class _Survey(Stream):
         seen = {error for error, _ in arrived}
         if any(call.inputs and not call.state.settled and not seen.isdisjoint(call.errors) for call in self.calls):
             return False
+        guard = self.wiring.guard
         for error, gradient in arrived:
+            if guard is not None:
+                guard.look_first(error.state, gradient)
             self.wiring.error_reached(error.state, error, gradient)
             error.stand()
         return True

@@ -20,6 +20,7 @@ from rewire.steady import CUT, STEADY
 # Looked up once: these run in every call of every layer.
 _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
+_compiler = traced.compiler
 
 STATE = "_rewire"  # in the module's __dict__: not a parameter, buffer or submodule
 OWNER = "_rewire_owner"  # beside it
@@ -62,6 +63,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
         return _classes[key]
 
     traced.register()
+    hosts.register()
     parent: Any = base
     faster = kernels.forward_for(base)
 
@@ -75,14 +77,19 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
         if _compiling():
             if traced.exports(self.training):
                 return parent.forward(self, *args, **kwargs)
-            if traced.prepare(state.wiring.key, state.wiring.unsettled) and state.in_graph:
+            ready = traced.prepare(state.wiring.key, state.wiring.unsettled) and state.in_graph
+            if ready and not traced.lacks(state, args, kwargs):
                 return traced.call(state, self, parent.forward, args, kwargs)
+            return _outside_of_compile(state, self, parent.forward, args, kwargs)
+        if _compiler() is not None:  # what calls it was left out
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
         if steady and len(args) == 1 and not kwargs:
             own = parent.forward if faster is None or steady not in CUT else faster
             return STEADY[steady](state, self, own, args[0])
         return run(state, self, parent.forward, args, kwargs)
+
+    traced.never_alone(forward)
 
     def extra_repr(self: nn.Module) -> str:
         plain: str = parent.extra_repr(self)
@@ -155,11 +162,18 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
                 return parent.forward(self, *args, **kwargs)
             wiring = states[0].wiring
             layers = states if output is None else [*states, output]
-            if traced.prepare(wiring.key, wiring.unsettled) and all([s.in_graph and s.seated for s in layers]):
+            ready = traced.prepare(wiring.key, wiring.unsettled) and all([s.in_graph and s.seated for s in layers])
+            lacking = any([traced.lacks(s, args, kwargs) for s in states])
+            if output is not None:  # its input is made of all of that
+                lacking = lacking or traced.lacks(output, (*args, *self._parameters.values()), kwargs)
+            if ready and not lacking:
                 return traced_attention.call(self, states, output, args, kwargs)
+            return _attend_outside_of_compile(self, states, output, parent.forward, args, kwargs)
+        if _compiler() is not None:
             return _attend_outside_of_compile(self, states, output, parent.forward, args, kwargs)
         return hosts.attend(self, states, output, parent.forward, args, kwargs)
 
+    traced.never_alone(forward)
     cls = _classes[key] = derive(base, attention_class, {"forward": forward, **_keeping(parent)})
     return cls
 
@@ -170,10 +184,21 @@ _why = (
     "rewire: this layer cannot be part of a compiled graph. With fullgraph=True, run one ordinary training step before "
     "the first compiled one: it finds the output layers and measures scales. Not compiled at all: feedback "
     "that learns or does not say of which tensors it is made, weights that other modules use, attention with a forward "
-    "of its own, on_nonfinite"
+    "of its own, on_nonfinite. Once layers ran outside of a graph, compile a copy.deepcopy of the model"
 )
 _outside_of_compile: Callable[..., Any] = _disable(traced.outside, reason=_why)
-_attend_outside_of_compile: Callable[..., Any] = _disable(hosts.attend, reason=_why)
+
+
+def _attend_outside(
+    module: nn.MultiheadAttention, states: list[LayerState], output: LayerState | None, *rest: Any
+) -> Any:
+    for state in (*states, output):
+        if state is not None:
+            traced.left_out(state)
+    return hosts.attend(module, states, output, *rest)
+
+
+_attend_outside_of_compile: Callable[..., Any] = _disable(_attend_outside, reason=_why)
 
 
 class Owner:

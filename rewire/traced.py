@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -272,8 +273,8 @@ def _check(call: Call, gradients: Any) -> None:
         check(call, False, gradients)
     except PassError as problem:
         raise PassError(
-            f"{problem}. Under torch.compile a graph break between the two has the same effect: fullgraph=True finds it"
-            f"{_buckets()}"
+            f"{problem}. Under torch.compile a graph break between the two has the same effect (fullgraph=True finds "
+            f"it), and so has compiling a part of the model: compile all of it{_buckets()}"
         ) from None
 
 
@@ -295,6 +296,38 @@ def register() -> None:
         allow(function)
     constant: Callable[..., Any] = torch.compiler.assume_constant_result
     constant(prepare)
+    constant(_widened)
+
+
+def never_alone(forward: Callable[..., Any], *, within: bool = True) -> None:
+    """Let no frame of ``forward`` be a compiled graph of its own. As a part of one it is traced.
+
+    Dynamo leaves out frames that it cannot compile (PyTorch's own containers among them, if they are what is compiled),
+    and compiles what they call. The layers of a pass, which find each other on one graph, would be on as many as there
+    are layers.
+
+    Args:
+        within: what it calls may be one.
+    """
+    with suppress(ImportError, AttributeError):  # not public: without it such passes end in an error
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
+        inner = _FrameAction.DEFAULT if within else _FrameAction.SKIP
+        set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, inner))
+
+
+def _nowhere() -> None:
+    return None
+
+
+# What compiles frames where this is called; None outside of what is to be compiled.
+compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", _nowhere)
+
+
+def _widened(key: int, name: str, dtype: torch.dtype) -> bool:
+    """Run when a call is compiled: see :func:`rewire.ready.widen`."""
+    ready.widen(conversions[key].layers[name], dtype)
+    return True
 
 
 def prepare(key: int, unsettled: bool) -> bool:
@@ -341,12 +374,26 @@ def exports(training: bool) -> bool:
 
 def outside(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
     """A call that is a break of the graph."""
-    if isinstance(state.rule, DirectRule):
-        ready.part(state.wiring)
+    left_out(state)
     return run(state, module, forward, args, kwargs)
 
 
+def left_out(state: LayerState) -> None:
+    """A layer of a compiled model runs outside of any graph."""
+    if isinstance(state.rule, DirectRule):
+        ready.part(state.wiring)
+    else:
+        state.wiring.broken = True
+
+
 # -- traced by Dynamo ----------------------------------------------------------------------------------
+
+
+def lacks(state: LayerState, args: Any, kwargs: Any) -> bool:
+    """Whether an input needs a gradient where none has before (something below was frozen): no feedback is there."""
+    if state.has_feedback:
+        return False
+    return any([isinstance(x, Tensor) and x.requires_grad for x in tree_flatten((args, kwargs))[0]])
 
 
 def call(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
@@ -355,6 +402,8 @@ def call(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwar
     leaves, spec = tree_flatten((args, kwargs))  # a block may be given lists of tensors
     inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     tickets: list[Tensor] = []
+    if inputs:
+        _widened(key, state.name, inputs[0].dtype)
     if isinstance(rule, DirectRule):
         if inputs:
             # As in eager mode a leaf has none. To the graph itself all its inputs look alike.

@@ -66,6 +66,7 @@ class Wiring:
             that is few enough (``held_rows``).
         unnamed: output layers of the backward under way that ``asked`` does not name.
         unready: why, in words, layers under direct rules cannot be part of such graphs now; "" if they can.
+        broken: a layer under another rule has; what was compiled then may go on being used.
         apart: they have run outside of one, and stay there.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
@@ -112,6 +113,7 @@ class Wiring:
         self.unready = ""
         self.unnamed: list[str] = []
         self.apart = False
+        self.broken = False
         self.certain = False
         self.local = False
         self.picks = False
@@ -138,6 +140,7 @@ class Wiring:
             "_weights": {},
             "prepared": False,
             "apart": False,
+            "broken": False,
         }
         return {**self.__dict__, **fresh, "groups": ()}
 

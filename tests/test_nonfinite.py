@@ -396,6 +396,15 @@ def test_streamed_passes_drop_it_at_every_layer():
     assert all(g is None for g in grads(model))
 
 
+def test_streamed_passes_name_the_output_layer():
+    model = rewire.convert(net(), "dfa", skip="cut", on_nonfinite="raise")
+    x, y = batch()
+    for _ in range(2):
+        rewire.backward_streamed(model, x, lambda out: F.cross_entropy(out, y))
+    with pytest.raises(PassError, match="layer '4': the output error is not finite"):
+        rewire.backward_streamed(model, x, lambda out: F.cross_entropy(out, y) * math.nan)
+
+
 def test_compiled_models_are_watched_outside_of_the_graph():
     model = settled("dfa", "raise")
     compiled = torch.compile(model, backend="eager")

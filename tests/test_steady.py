@@ -417,3 +417,23 @@ def test_two_rules_of_one_error(rules):
     for i, (above, rule) in enumerate(zip(("2", "4"), rules, strict=True)):
         delta = signal[rule] @ B[above] * (1 - h[i + 1] ** 2)
         torch.testing.assert_close(model[2 * i].weight.grad, delta.T @ h[i])
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64])
+def test_feedback_in_use_after_passes_of_another_dtype(other):
+    """What is shown, and may be changed in place, is what the newest pass used."""
+    torch.manual_seed(0)
+    model = rewire.convert(mlp(), "dfa")
+    x = torch.randn(6, 5)
+
+    def gradient(dtype):
+        model.to(dtype).zero_grad()
+        model(x.to(dtype)).square().sum().backward()
+        return model[0].weight.grad.clone()
+
+    for dtype in (torch.float32, torch.float32, other, torch.float32):
+        before = gradient(dtype)
+        found = rewire.feedback(model)
+        assert {B.dtype for B in found.values()} == {dtype}
+    found["2"].zero_()
+    assert before.any() and not gradient(torch.float32).any()

@@ -4,6 +4,7 @@ Most tests use the ``aot_eager`` backend, which traces forward and backward as I
 code generation out.
 """
 
+import contextlib
 import copy
 
 import pytest
@@ -17,11 +18,13 @@ from rewire import traced, ways
 from rewire.errors import PassError
 from rewire.passes import OutputError
 from rewire.rules.direct import DFA
+from rewire.structures import LowRank
 
 from .nets import (
     Mixed,
     Tokens,
     Two,
+    chain,
     error,
     images,
     one_graph,
@@ -32,6 +35,17 @@ from .nets import (
     two_losses,
     vectors,
 )
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(4, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x)).unflatten(-1, (1, 8)).expand(-1, 3, -1).transpose(0, 1)
+        return self.head(self.attention(h, h, h, need_weights=False)[0].mean(0))
+
 
 RULES = ["bp", "fa", "usf", "frsf", "brsf", "dfa", "sdfa", "drtp", "shallow"]
 
@@ -208,6 +222,192 @@ def test_use_of_a_weight_by_another_module_is_under_its_rule(rule):
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"'used'|cannot be part of a compiled graph"):
         one_graph(model)(x)
+
+
+def said(rule):
+    """Of direct rules it is said that they run outside."""
+    if "dfa" in rule:
+        return pytest.warns(rewire.RewireWarning, match="outside of compiled graphs")
+    return contextlib.nullcontext()
+
+
+class Uses(nn.Module):
+    """Uses a child's weight itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.linear(x, self.used.weight)
+
+
+@pytest.mark.parametrize("rule, used", [("dfa", "fa"), ("dfa", "bp"), ("fa", "fa"), ("fa", "frsf"), ("bp", "fa")])
+def test_use_of_a_weight_inside_a_module_further_down(rule, used):
+    """Whatever Dynamo does with the module around, no layer goes without its gradient, and nothing is left behind."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.uses, self.b, self.c = nn.Linear(4, 8), Uses(), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.c(torch.tanh(self.b(torch.tanh(self.uses(torch.tanh(self.a(x)))))))
+
+    model, twin = pair(Net, vectors, rule, layers={"uses.used": used})
+    step(model, vectors(6)), step(twin, vectors(6))
+    compiled = torch.compile(model, backend="aot_eager")
+    for n in (6, 4):
+        step(compiled, vectors(n)), step(twin, vectors(n))
+        same(twin, model)
+    assert torch._C._len_torch_function_stack() == 0
+    torch._dynamo.reset()
+    other, other_twin = pair(chain, vectors, "dfa")
+    step(one_graph(other), vectors(6)), step(other_twin, vectors(6))
+    same(other_twin, other)
+
+
+class Row(nn.Module):
+    """Layers written out one after another: a break of the graph leaves several graphs, and no frame out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.b(torch.tanh(self.a(x))))
+        return self.d(torch.tanh(self.c(h)))
+
+
+@pytest.mark.parametrize("net, name", [(chain, "2"), (Row, "b")], ids=["container", "row"])
+@pytest.mark.parametrize(
+    "rule", ["kp", "wm", "ldfa", "switch(first=fa, then=usf, at=100)", "switch(first=bp, then=fa, at=100)"]
+)
+def test_a_layer_that_cannot_be_compiled_among_others(net, name, rule):
+    model, twin = pair(net, vectors, "dfa", layers={name: rule})
+    step(model, vectors(6)), step(twin, vectors(6))
+    compiled = torch.compile(model, backend="aot_eager")
+    with said("dfa"):
+        step(compiled, vectors(6))
+    step(twin, vectors(6))
+    same(twin, model)
+    step(compiled, vectors(4)), step(twin, vectors(4))
+    same(twin, model)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("other", ["fa", "usf", "bp", "sdfa"])
+def test_other_rules_to_and_fro_in_a_container(before, other):
+    """A break of the graph makes Dynamo leave containers out, whose layers it then compiles one by one."""
+    model, twin = pair(chain, vectors, "dfa")
+    compiled = torch.compile(model, backend="aot_eager")
+    if before:
+        step(compiled, vectors(6)), step(twin, vectors(6))
+    for _ in range(2):
+        with rewire.use_rule(model, other), rewire.use_rule(twin, other):
+            step(compiled, vectors(6)), step(twin, vectors(6))
+        same(twin, model)
+        step(compiled, vectors(6)), step(twin, vectors(6))
+        same(twin, model)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+@pytest.mark.parametrize("net", [chain, Row])
+def test_compiled_in_place(net, rule):
+    """Of a container's own call Dynamo compiles nothing, and says so if it was to be one graph."""
+    model, twin = pair(net, vectors, rule)
+    model.compile(backend="aot_eager")
+    with said(rule) if net is chain else contextlib.nullcontext():
+        step(model, vectors(6))
+    step(twin, vectors(6))
+    same(twin, model)
+    step(model, vectors(4)), step(twin, vectors(4))
+    same(twin, model)
+    if net is chain:
+        torch._dynamo.reset()
+        model.compile(backend="aot_eager", fullgraph=True)
+        with pytest.raises(RuntimeError, match="no compiled frames"):
+            model(vectors(6)[0])
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+def test_a_part_compiled_by_itself(rule):
+    """Under a direct rule its layers would miss the output error: an error, not silence."""
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.head = Row(), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.part(x)))
+
+    model, twin = pair(Whole, vectors, rule)
+    model.part.compile(backend="aot_eager")
+    if rule == "dfa":
+        with pytest.raises(Exception, match="compiling a part of the model"):
+            step(model, vectors(6))
+    else:
+        step(model, vectors(6)), step(twin, vectors(6))
+        same(twin, model)
+
+
+@pytest.mark.parametrize("rule", ["fa", "frsf", "usf", "dfa", "sdfa"])
+@pytest.mark.parametrize("net", [chain, Row, Attends])
+def test_thawed_after_it_was_compiled(net, rule):
+    """Then layers need feedback that never had any: in the pass that makes it, they run outside."""
+    torch.manual_seed(0)
+    model = net()
+    first = next(iter(model.children()))
+    first.requires_grad_(False)
+    rewire.convert(model, rule)
+    for _ in range(2):
+        step(model, vectors(6))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    step(compiled, vectors(6)), step(twin, vectors(6))
+    same(twin, model)
+    first.requires_grad_(True), next(iter(twin.children())).requires_grad_(True)
+    with said(rule):
+        step(compiled, vectors(6))
+    step(twin, vectors(6))
+    same(twin, model)
+    for n in (6, 4):
+        step(compiled, vectors(n)), step(twin, vectors(n))
+        same(twin, model)
+    assert all(p.grad is not None for p in first.parameters())
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa", "usf"])
+@pytest.mark.parametrize("net", [chain, Row])
+def test_an_input_that_comes_to_need_a_gradient(net, rule):
+    model, twin = pair(net, vectors, rule)
+    compiled = torch.compile(model, backend="aot_eager")
+    for needs in (False, True, True):
+        inputs = []
+        for m in (compiled, twin):
+            x, y = vectors(6)
+            inputs.append(x.requires_grad_(needs))
+            step(m, (x, y))
+        same(twin, model)
+        if needs:
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa", DFA(feedback=LowRank(2)), DFA(feedback="ternary")], ids=str)
+def test_after_an_ordinary_pass_in_fewer_bits(rule):
+    """Feedback is made again in those of the compiled pass, as in eager mode."""
+    torch.manual_seed(0)
+    model = rewire.convert(chain(), rule)
+    x, y = vectors(6)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x).float(), y)
+        loss.backward()
+    twin = copy.deepcopy(model)
+    step(one_graph(model), (x, y)), step(twin, (x, y))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("rule", ["fa", "frsf", "dfa"])
