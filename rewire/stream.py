@@ -88,8 +88,8 @@ def backward_streamed(
     done stay added.
 
     Hooks on gradients see a piece at a time: a full backward hook on a module is not told of gradients that its output
-    has not seen yet, and what it puts in the place of its input's goes nowhere. A tensor that a layer was fed with is cut
-    off there, and can be hooked before, not after.
+    has not seen yet, and what it puts in the place of its input's goes nowhere. A tensor that a layer was fed with is
+    cut off there: it can be hooked before, not after.
 
     Example:
         >>> rewire.convert(model, "dfa", skip="cut")
