@@ -15,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import rewire
 
 
-def main(rule: str = "dfa", how: str = "ddp", epochs: int = 4) -> None:
-    dist.init_process_group("gloo")
+def train(rule: str, how: str, epochs: int) -> None:
     torch.manual_seed(0)  # the same weights and batches on every rank
     digits = load_digits()
     x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -34,6 +33,11 @@ def main(rule: str = "dfa", how: str = "ddp", epochs: int = 4) -> None:
         accuracy = (trained(x[1400:]).argmax(1) == y[1400:]).float().mean().item()
     if dist.get_rank() == 0:
         print(f"test accuracy {accuracy:.2%} on {dist.get_world_size()} processes")
+
+
+def main(rule: str = "dfa", how: str = "ddp", epochs: int = 4) -> None:
+    dist.init_process_group("gloo")
+    train(rule, how, epochs)  # what it made is gone before the group is: DistributedDataParallel ends it without care
     dist.barrier()  # or a thread of gloo may still let go of a tensor while Python shuts down: an abort
     dist.destroy_process_group()
 

@@ -48,8 +48,13 @@ def finish(
 def mark_all(state: LayerState, call: Call, output: Any, joins: bool) -> Any:
     """:func:`mark` for each tensor in what a block returns."""
     leaves, spec = tree_flatten(output)
-    for i, y in enumerate(leaves):
-        if isinstance(y, Tensor) and (y.requires_grad or (call.tickets and y.is_floating_point())):
+    tensors = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.is_floating_point()]
+    if call.ports and not call.tickets:  # probes: what is made of the inputs needs a gradient, whatever is frozen
+        state.made_of_inputs = frozenset(i for i in tensors if leaves[i].requires_grad)
+    for i in tensors:
+        y = leaves[i]
+        ties = call.tickets and (state.made_of_inputs is None or i in state.made_of_inputs)
+        if y.requires_grad or ties:
             leaves[i] = mark(state, call, y, joins)
     return tree_unflatten(leaves, spec)
 
@@ -100,8 +105,9 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
         feeder.errors.append(arrives)
         if not nested:
             unguard(feeder)
-        for lower in feeder.own:
-            lower.above.append(error)
+        if feeder is not call:  # another output of the same call is beside it
+            for lower in feeder.own:
+                lower.above.append(error)
         if feeder.mirrored is not None:
             x, rule, B = feeder.mirrored
             if plain and arrives is error and dtype is B.dtype and x.size(0) == rows and B.size(0) == features:

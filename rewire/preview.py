@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from rewire.rules.base import BP, DirectRule
 from rewire.state import LayerState
 from rewire.swap import states_of
 
-Shapes = dict[str, dict[tuple[str, int], tuple[int, ...]]]
+Shapes = dict[str, dict[tuple[str, int], tuple[int, ...]]]  # {layer: {(output layer, input): shape}}
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
@@ -28,12 +29,26 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def preview(model: nn.Module, inputs: Any) -> Shapes:
-    """Shapes of the direct feedback that ``inputs`` would need: ``{layer: {(output layer, input): shape}}``.
+@dataclass(frozen=True)
+class Preview:
+    """What a forward has shown.
+
+    Attributes:
+        shapes: of the direct feedback that the inputs would need.
+        ran: names of the layers that ran.
+        stuck: of those among them with an input that has no route.
+    """
+
+    shapes: Shapes
+    ran: set[str]
+    stuck: set[str]
+
+
+def preview(model: nn.Module, inputs: Any) -> Preview:
+    """What ``inputs`` would need.
 
     One forward in eval mode. Nothing about the model changes: no batch statistics, no roles, no gradients, no
-    random state. Where the output layer is not known yet, the last layer to run is taken for it. Layers whose
-    shapes have no route are left out.
+    random state. Where the output layer is not known yet, the last layer to run is taken for it.
     """
     every = [(module, state) for module in model.modules() for state in states_of(module)]
     states = [state for _, state in every]
@@ -47,7 +62,7 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
         if first is not None:
             outputs[state.name] = (tuple(first.shape), state.kind.axis(first.dim()))
 
-    rules = {state: (state.rule, state.ran) for state in states}
+    rules = {state: (state.rule, state.ran, state.steady, state.steady_use) for state in states}
     errors = {id(state.wiring): (state.wiring, dict(state.wiring.errors)) for state in states}
     modes = [(module, module.training) for module in model.modules()]
     called = [(module, state) for module, state in every if not state.kind.part]
@@ -56,6 +71,7 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
         for state in states:
             state.observer = (_given, note)  # for weights that another module uses directly
             state.rule = BP()  # plain PyTorch: what flows forward is the same under every rule
+            state.steady = state.steady_use = ""  # the short ways are the other rule's
         model.eval()
         with torch.enable_grad(), torch.random.fork_rng():
             call(model, inputs)
@@ -66,12 +82,13 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
             state.observer = None
         for module, mode in modes:
             module.training = mode
-        for state, (rule, ran) in rules.items():
-            state.rule, state.ran = rule, ran
+        for state, (rule, ran, steady, steady_use) in rules.items():
+            state.rule, state.ran, state.steady, state.steady_use = rule, ran, steady, steady_use
         for wiring, kept in errors.values():
             wiring.errors = kept
 
     shapes: Shapes = {}
+    stuck: set[str] = set()
     by_name = {state.name: state for state in states}
     for name, inputs_seen in seen:
         state = by_name[name]
@@ -87,9 +104,10 @@ def preview(model: nn.Module, inputs: Any) -> Shapes:
                         x_shape, axis, e_shape, e_axis, structure=state.structure().routing, layout=state.rule.layout
                     )
                 except RoutingError:
+                    stuck.add(name)
                     continue
                 shapes.setdefault(name, {})[output, index] = route.feedback_shape
-    return shapes
+    return Preview(shapes, {name for name, _ in seen}, stuck)
 
 
 def _given(state: LayerState, module: nn.Module, args: Any, kwargs: Any, *_: Any) -> tuple[Any, Any]:

@@ -73,6 +73,7 @@ class LayerState:
         plain: its feedback is there, and made of plain tensors, which is what such a graph can be given.
         in_graph: its calls are, as are those of the layers it passes errors to and from.
         joins_traced: its output is joined to the pass there.
+        made_of_inputs: which of the tensors that a block returns are; None: not known.
         fed: an input of it was seen to require a gradient.
         has_feedback: there is what that graph would be given, or nothing that it needs.
         fixed: the feedback that graph is given; for direct rules, what ``fixed_as`` is made of.
@@ -139,6 +140,7 @@ class LayerState:
         self.joins_traced = False
         self.traceable = False
         self.plain = True
+        self.made_of_inputs: frozenset[int] | None = None
         self.fed = False
         self.has_feedback = True
         self.in_graph = False

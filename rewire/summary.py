@@ -14,7 +14,7 @@ from torch import nn
 from rewire.arguments import check_model
 from rewire.layers.registry import kind_of, why_not
 from rewire.layers.stand_in import StandIn
-from rewire.preview import Shapes, preview
+from rewire.preview import Preview, preview
 from rewire.roles import Role
 from rewire.rules.base import DirectRule, LearnedDirect, LearnedLocal, LocalRule
 from rewire.state import LayerState
@@ -160,13 +160,13 @@ def _size(rule: DirectRule, structure: Structure, shape: tuple[int, ...], module
     return size + math.prod(structure.own_shape(shape)) * wide.itemsize
 
 
-def _common(model: nn.Module, expected: Shapes | None) -> int:
+def _common(model: nn.Module, expected: Preview | None) -> int:
     """Bytes that structures of feedback keep once for several layers."""
     needed: dict[tuple[int, Structure, str, int], list[tuple[int, ...]]] = {}
     for module, state in ((m, state) for m in model.modules() for state in states_of(m)):
         if not isinstance(state.rule, DirectRule) or state.rule.silent:
             continue
-        shapes = state.shapes or (expected or {}).get(state.name, {})
+        shapes = state.shapes or _expected(expected, state)
         for (output, index), shape in shapes.items():
             structure = state.structures.get((output, index), state.structure())
             if state.rule.learns and structure.joint is not None:
@@ -176,7 +176,11 @@ def _common(model: nn.Module, expected: Shapes | None) -> int:
     return sum(structure.common_size(shapes, element) for (_, structure, _, element), shapes in needed.items())
 
 
-def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes | None) -> Row:
+def _expected(preview: Preview | None, state: LayerState) -> dict[tuple[str, int], tuple[int, ...]]:
+    return {} if preview is None else preview.shapes.get(state.name, {})
+
+
+def _converted(module: nn.Module, name: str, state: LayerState, expected: Preview | None) -> Row:
     kind = getattr(type(module), "_rewired_from", type(module)).__name__
     rule = state.rule
     shape: tuple[int, ...] | None = None
@@ -203,7 +207,8 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
         scale = state.scale
         if rule.silent:
             notes.append("hands back zeros")
-        elif shapes := state.shapes or (expected or {}).get(state.name, {}):
+        elif shapes := state.shapes or _expected(expected, state):
+            shapes = dict(sorted(shapes.items(), key=lambda item: item[0][1]))  # the first input's first
             shape = next(iter(shapes.values()))
             structures = [state.structures.get(place, state.structure()) for place in shapes]
             size = sum(_size(rule, s, shape, module) for s, shape in zip(structures, shapes.values(), strict=True))
@@ -215,6 +220,10 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Shapes
                 notes.append(state.scale_note)
         elif expected is None and (state.role is Role.UNKNOWN or not state.ran):
             notes.append("feedback shape known after the first training pass")
+        elif expected is not None and not state.ran and state.name not in expected.ran:
+            notes.append("does not run in eval mode on these inputs: feedback shape known once it has")
+        elif expected is not None and state.name in expected.stuck:
+            notes.append("no defined way from the output error to its input")
         else:
             notes.append("first layer: nothing to hand back to")
     elif state.role is Role.OUTPUT:

@@ -168,26 +168,33 @@ def call(use: Use, seat: Seat | None) -> Any:
         x = x if seat is None else seat.inner(x, dims)
         return x.transpose(-1, -2) if use.turned else x
 
+    # An output error has to lie as the model around has it: so do the inputs of the layers that it goes to.
+    turned = seat if seat is not None and state.joins else None
+
+    def shown(y: Any) -> Any:
+        return y if turned is None else turned.outer(y)
+
     def forward(_: nn.Module, x: Tensor) -> Any:
-        return use.apply(inner(x), use.view)
+        return shown(use.apply(inner(x), use.view))
 
     def again(weight: Tensor) -> Callable[[Tensor], Any]:
-        return lambda x: use.apply(inner(x), _view_of(weight, use.view, use.owned.tensor))
+        return lambda x: shown(use.apply(inner(x), _view_of(weight, use.view, use.owned.tensor)))
 
     x = use.x.transpose(-1, -2) if use.turned else use.x
     args: tuple[Any, ...] = (x if seat is None else seat.outer(x),)
     kwargs: dict[str, Any] = {}
-    kind = _UseKind(use, inner, again)
+    kind = _UseKind(use, inner, again, shown)
     index = input_of(state, use.view, use.owned.tensor, use.mixes)
     if seat is not None and seat.batched:
         state.layout = LAYOUTS[0 if seat.batch_first else 1]
     if state.observer is None:
-        return run(state, layer, forward, args, kwargs, kind, index)
-    before, after = state.observer
-    args, kwargs = before(state, layer, args, kwargs, again, index, plain)
-    y = run(state, layer, forward, args, kwargs, kind, index)
-    after(state, layer, args, kwargs, y)
-    return y
+        y = run(state, layer, forward, args, kwargs, kind, index)
+    else:
+        before, after = state.observer
+        args, kwargs = before(state, layer, args, kwargs, again, index, plain)
+        y = run(state, layer, forward, args, kwargs, kind, index)
+        after(state, layer, args, kwargs, y)
+    return y if turned is None else turned.inner(y, dims)
 
 
 def input_of(state: LayerState, view: Tensor, weight: Tensor, mixes: int | None) -> int:
@@ -235,10 +242,15 @@ class _UseKind(Kind):
     """The layer's kind, with its operation run as the other module runs it."""
 
     def __init__(
-        self, use: Use, inner: Callable[[Tensor], Tensor], again: Callable[[Tensor], Callable[[Tensor], Any]]
+        self,
+        use: Use,
+        inner: Callable[[Tensor], Tensor],
+        again: Callable[[Tensor], Callable[[Tensor], Any]],
+        shown: Callable[[Any], Any],
     ) -> None:
         self.use = use
         self.inner = inner
+        self.shown = shown
         self.again = again
 
     def axis(self, dims: int) -> int:
@@ -265,10 +277,10 @@ class _UseKind(Kind):
             signature, with_other_backward = OPERATIONS[func]
             bound = signature.bind(self.inner(x), weight, **rest)
             bound.apply_defaults()
-            return with_other_backward(backward=backward, **bound.arguments)
+            return self.shown(with_other_backward(backward=backward, **bound.arguments))
 
         def make(w: Tensor | None, r: Tensor | None) -> Callable[[Tensor], Any]:
             return self.again(backward.combine(w, r))
 
-        y = use.apply(self.inner(x.detach()), use.view)
+        y = self.shown(use.apply(self.inner(x.detach()), use.view))
         return operations.mirror(y, x, weight, backward.random(weight), make, backward.keep)

@@ -12,7 +12,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 PATIENCE = 900  # seconds: a machine may be busy with other things
 # What a process says whose work was done: before Python 3.14 a thread of gloo's that waits to let go of a tensor while
-# Python shuts down is ended in a way that C++ does not allow. A barrier at the end makes it rare, no more.
+# Python shuts down is ended in a way that C++ does not allow. A barrier at the end makes it rare, no more. And a
+# DistributedDataParallel that is the last to hold its process group waits for that thread for good: it goes before.
 ABORTED = "terminate called without an active exception"
 
 

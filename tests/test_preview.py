@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -80,3 +81,40 @@ def test_a_failing_forward_leaves_no_trace_either():
         raise AssertionError("two channels do not fit")
     assert model.training
     assert [row.rule for row in rewire.summary(model).rows if row.converted] == ["dfa"] * 3
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf", "kp", "dfa"])
+def test_after_passes_too(rule):
+    """Layers are on their short ways then."""
+    model = rewire.convert(Net(), rule)
+    for _ in range(3):
+        model(X).square().sum().backward()
+    twin = copy.deepcopy(model)
+    assert str(rewire.summary(model, X)) == str(rewire.summary(twin))
+    model.zero_grad(), twin.zero_grad()
+    for each in (model, twin):
+        torch.manual_seed(1)
+        each(X).square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_layers_that_run_in_training_only():
+    class Side(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.side, self.head = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = F.relu(self.stem(x))
+            return (self.head(h), self.side(h)) if self.training else self.head(h)
+
+    model = rewire.convert(Side(), "dfa")
+    notes = {row.name: row.note for row in rewire.summary(model, torch.randn(2, 4)).rows}
+    assert "nothing to hand back to" in notes["stem"]
+    assert "does not run in eval mode" in notes["side"]
+    head, side = model(torch.randn(2, 4))
+    (head.sum() + side.square().sum()).backward()
+    model(torch.randn(2, 4))
+    notes = {row.name: row.note for row in rewire.summary(model, torch.randn(2, 4)).rows}
+    assert "eval mode" not in notes["side"]

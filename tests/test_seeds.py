@@ -521,6 +521,7 @@ for rule in ("fa", "dfa"):
             feedback = {n: B.clone() for n, B in rewire.feedback(model).items()}
             found[rule, scale, order] = passes, rewire.scales(model), feedback
 torch.save(found, f"{folder}/rank{rank}.pt")
+del model, ddp
 dist.barrier()
 dist.destroy_process_group()
 """

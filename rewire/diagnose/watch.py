@@ -426,7 +426,7 @@ class Pass:
             if not isinstance(x, Tensor):
                 continue
             kept[i] = x.detach()
-            if not x.requires_grad:
+            if not x.requires_grad or not torch.is_grad_enabled():
                 continue
             place = Place(i, len(call.places), kept[i], x.grad_fn, None)
             place.shared = place
@@ -477,7 +477,7 @@ class Pass:
                 call.ends.append(torch.autograd.graph.get_gradient_edge(y))
                 if y.grad_fn is not None:
                     self.at[y.grad_fn] = call
-                _hook(y, partial(self._ears.at_output, call, len(call.outputs) - 1))
+                _hook_behind(y, partial(self._ears.at_output, call, len(call.outputs) - 1))
         call.deltas = [None] * len(call.outputs)
         return tree_unflatten(leaves, spec)
 
@@ -485,6 +485,15 @@ class Pass:
 def outline(t: Tensor) -> Tensor:
     """A tensor of the same shape, dtype and device that holds a single number."""
     return t.detach().new_zeros((1,) * t.dim()).expand(t.shape)
+
+
+def _hook_behind(t: Tensor, hook: Callable[[Tensor | None], None]) -> None:
+    """Like :func:`_hook`, after all other hooks of t, also those to come: walls, and what stands in for them."""
+    if t.grad_fn is None:
+        _hook(t, hook)
+        return
+    number = t.output_nr
+    t.grad_fn.register_prehook(lambda gradients: hook(gradients[number]))
 
 
 def _hook(t: Tensor, hook: Callable[[Tensor | None], Tensor | None]) -> None:

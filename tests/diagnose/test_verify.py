@@ -512,3 +512,41 @@ def test_a_head_without_an_error_in_this_pass():
     }
     result = rewire.verify(model, X, both[1])  # its copy measures when there is an error
     assert result.ok and all(layer.status in ("live", "first layer") for layer in result.layers), str(result)
+
+
+class Teacher(nn.Module):
+    """A frozen head on a trunk that trains, run without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.target = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).requires_grad_(False)
+
+    def forward(self, x):
+        h = torch.relu(self.trunk(x))
+        with torch.no_grad():
+            t = self.target(h)
+        return (self.head(h) - t).square().mean()
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_layers_that_run_without_gradients(rule):
+    torch.manual_seed(0)
+    model, x = rewire.convert(Teacher(), rule), torch.randn(4, 5)
+    for _ in range(2):
+        model(x).backward()
+    assert rewire.verify(model, x, lambda loss: loss).ok
+    rewire.alignment(model, x, lambda loss: loss, null=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.1}])
+@pytest.mark.parametrize("between", [(), (nn.ReLU(),)], ids=["one after another", "relu"])
+def test_walls_right_behind_a_layer(between, options):
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (nn.Linear(6, 6), *between)]
+    model = rewire.convert(nn.Sequential(*layers, nn.Linear(6, 3)), "dfa", skip="cut", **options)
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        model(x).square().sum().backward()
+    verified = rewire.verify(model, x, lambda out: out.square().sum())
+    assert verified.ok, str(verified)

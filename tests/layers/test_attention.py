@@ -486,3 +486,64 @@ def test_under_torch_func(rule, same):
     for name, parameter in net.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+
+
+class Last(nn.Module):
+    """An attention at the very end, whose output the loss sees as the model has it, or its mean."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.stem = nn.Linear(3, E)
+        self.attention = nn.MultiheadAttention(E, HEADS, batch_first=batch_first)
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x))
+        return self.attention(h, h, h, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("of", [lambda y: y, lambda y: y.mean(-2)], ids=["positions", "mean"])
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+def test_an_attention_as_the_output_layer(rule, of, compiled):
+    """However its dimensions are ordered, each position is handed back its own error."""
+    x, weight = draw(N, T + 1, 3), draw(N, T + 1, E, seed=4)
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        model = rewire.convert(Last(batch_first).double(), rule, scale=0.3)
+
+        def loss(y, batch_first=batch_first):
+            return (of(y if batch_first else y.transpose(0, 1)) * of(weight)).sum()
+
+        inputs = x if batch_first else x.transpose(0, 1)
+        loss(model(inputs)).backward()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for _ in range(2):
+            model.zero_grad()
+            loss(run(inputs)).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        if not compiled:
+            assert rewire.verify(model, inputs, loss).ok
+            e = rewire.output_error(model)
+            if rule == "dfa":
+                assert e.shape == (*inputs.shape[:2], E)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_an_attention_as_the_output_layer_hands_back():
+    """e B of the definition, position by position."""
+    torch.manual_seed(0)
+    model = rewire.convert(Last(True).double(), "dfa", scale=0.3)
+    x, weight = draw(N, T + 1, 3), draw(N, T + 1, E, seed=4)
+    for _ in range(2):
+        model.zero_grad()
+        (model(x) * weight).sum().backward()
+    B = rewire.feedback(model)["attention.out_proj"]
+    W = model.attention.in_proj_weight.detach().clone().requires_grad_()
+    q, k, v = (
+        t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (torch.tanh(model.stem(x)).detach() @ W.T).chunk(3, -1)
+    )
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    (expected,) = torch.autograd.grad(mixed, W, weight @ B)
+    torch.testing.assert_close(model.attention.in_proj_weight.grad, expected)

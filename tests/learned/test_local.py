@@ -906,6 +906,7 @@ try:
 except Exception as problem:
     found["late"] = repr(problem)
 torch.save(found, f"{folder}/rank{rank}.pt")
+del model, ddp, optimizer
 dist.barrier()
 dist.destroy_process_group()
 """

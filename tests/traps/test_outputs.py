@@ -134,3 +134,57 @@ def test_verify_of_a_side_loss_that_came_first():
     both = copy.deepcopy(model)
     result = rewire.verify(both, X, lambda out: F.cross_entropy(out[1], Y) + out[0].square().mean())
     assert result.ok, str(result)
+
+
+class Pair(nn.Module):
+    """Several outputs of one unit: as wide as each other or not, in a dict, or not made of what came in."""
+
+    def __init__(self, widths=(4, 4), detached=False):
+        super().__init__()
+        self.one, self.two = (nn.Linear(6, width) for width in widths)
+        self.detached = detached
+
+    def forward(self, h):
+        two = self.two(h)
+        return {"one": self.one(h), "two": two.detach() if self.detached else two, "mean": h.detach().mean(0)}
+
+
+class Unit(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.first, self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 6), Pair(**options)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("widths", [(4, 4), (4, 1), (1, 4)])
+def test_errors_of_several_outputs_of_one_unit_add_up(widths):
+    found = {}
+    for weights in ((1, 0), (0, 1), (1, 1)):
+        model = rewire.convert(build(Unit, widths=widths), "dfa", blocks=["head"], scale=0.3, seed=3)
+
+        def total(out, weights=weights):
+            return weights[0] * out["one"].square().sum() + weights[1] * out["two"].square().mean()
+
+        for _ in range(2):
+            grads = one_pass(model, X, total)
+        found[weights] = grads["first.weight"]
+        assert rewire.verify(model, X, total).ok
+    assert found[1, 0].any() and found[0, 1].any()
+    torch.testing.assert_close(found[1, 1], found[1, 0] + found[0, 1])
+
+
+def test_outputs_of_a_unit_that_need_no_gradient_go_on_needing_none():
+    """A loss on what is detached says nothing to anybody below."""
+    found = []
+    for weight in (0, 1):
+        model = rewire.convert(build(Unit, detached=True), "dfa", blocks=["head"], scale=0.3)
+        scale = torch.ones(4, dtype=X.dtype, requires_grad=True)
+        for _ in range(3):
+            model.zero_grad()
+            out = model(X)
+            assert not out["two"].requires_grad and not out["mean"].requires_grad
+            (out["one"].square().sum() + weight * (scale * out["two"]).square().sum()).backward()
+        found.append(model.first.weight.grad)
+    assert torch.equal(*found) and found[0].any()
