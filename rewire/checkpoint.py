@@ -72,6 +72,7 @@ def config(model: nn.Module) -> Config:
         "outputs": list(wiring.outputs),
         "readings": sorted([list(reading) for reading in wiring.readings]),
         "unsettled": wiring.unsettled,
+        "passed": wiring.passed,
         **{name: getattr(wiring, name) for name in COUNTED},
         "on_nonfinite": None if wiring.guard is None else wiring.guard.recorded(),
         "layers": {state.name: _layer(module, state, common) for module, state in states_in(model)},
@@ -245,6 +246,7 @@ def _bring_to(wiring: Wiring, saved: Saved) -> None:
     for what, count in saved.counted.items():
         setattr(wiring, what, count)
     wiring.unsettled = wiring.news = saved.unsettled
+    wiring.passed = saved.passed
     for name, state in wiring.layers.items():
         layer = saved.layers[name]
         state.forget()

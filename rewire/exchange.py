@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight
 from rewire.nodes import Node
 
@@ -136,7 +137,12 @@ class Exchange:
     def pack(self, kept: Tensor) -> Any:
         """W, as the operation keeps it, to what is kept instead: B itself if it needs no W."""
         fixed = self.fixed
-        if fixed is not None and fixed.dtype is kept.dtype and fixed.device == kept.device:
+        if (
+            fixed is not None
+            and fixed.dtype is kept.dtype
+            and fixed.device == kept.device
+            and fixed.shape == kept.shape
+        ):
             return fixed
         weight = kept.t() if self.turned else kept
         backward = self.backward
@@ -156,6 +162,8 @@ class Exchange:
 
     def unpack(self, packed: Any) -> Tensor:
         """What is kept to B, as the operation would have kept it."""
+        if torch.is_grad_enabled():
+            refuse_second_order()
         if isinstance(packed, Tensor):
             return packed
         if callable(packed):
@@ -170,6 +178,20 @@ class Exchange:
             )
         made = self.backward.combine(weight, random)
         return made.t() if self.turned else made
+
+
+def refuse_second_order() -> None:
+    """With ``create_graph``: autograd would take what has been put in the weight's place for the weight.
+
+    Raises:
+        PassError: always.
+    """
+    raise PassError(
+        "create_graph=True: a gradient that a local rule (fa, usf, ...) handed back would be differentiated as if its "
+        "backward weight were the weight. Run the forward within "
+        "torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t), where it is not; or, if no second "
+        "derivatives are wanted, without create_graph"
+    )
 
 
 class _Batched:

@@ -26,6 +26,7 @@ from rewire.followed import Kept, apart, follow
 from rewire.layers.form import Form
 from rewire.layers.kinds import BackwardWeight
 from rewire.learning import flat
+from rewire.modes import outside_of_modes
 from rewire.passes import backward_id
 from rewire.rules.base import LearnedLocal
 from rewire.structures.dense import semi_orthogonal
@@ -103,7 +104,8 @@ class Learner:
         """Put everything into ``module``, as it is at the start."""
         weight = self._weight(module)
         self._undrawn = weight.is_meta
-        made = self._start(weight)
+        with outside_of_modes():
+            made = self._start(weight)
         self.names = tuple(made)
         for name, tensor in made.items():
             full = self.state.tag + name
@@ -275,7 +277,7 @@ class Learner:
         """Let the rule learn what passes have shown."""
         if self._taken and not self.state.wiring.still:
             taken, self._taken = self._taken, {}
-            with apart(self._weight(module).device):
+            with outside_of_modes(), apart(self._weight(module).device):
                 self._replace(module, self.rule.learn(self.kept(module), taken))
 
     def mirror(self, module: nn.Module, steps: int = 1) -> None:
@@ -294,7 +296,7 @@ class Learner:
                     scale=1.0,
                 ).to(device=weight.device, dtype=dtype)
 
-            with apart(weight.device):
+            with outside_of_modes(), apart(weight.device):
                 self._replace(module, self.rule.mirror(weight, self.kept(module), self.form, noise))
 
     def angle(self, module: nn.Module) -> float:
@@ -318,7 +320,10 @@ class Learner:
         if self.rule.every is not None and not self.steps and wiring.passes >= _UNMIRRORED:
             wiring.complain("mirror", self.state)
         weight = module._parameters.get(self.state.kind.parameter)
-        if not self.rule.trained or weight is None:
+        if not self.rule.trained:
+            return
+        if weight is None:
+            wiring.complain("reparametrized", self.state)
             return
         kept = self.kept(module)
         versions = (weight._version, *(kept[name]._version for name in self.rule.trained))
@@ -375,6 +380,9 @@ _COMPLAINTS = {
     "optimizer has to hold. Build the optimizer after convert(), or add those parameters to it",
     "decay": f"their feedback is as far from the weight as it was {_LONG} steps ago. It comes nearer by decay alone: "
     "give the optimizer a weight_decay (for feedback and weights alike)",
+    "reparametrized": "their weight is made of other parameters since they were converted (pruning, a "
+    "parametrization), and so their feedback gets no gradient: it learns no more. Take that off again "
+    "(prune.remove), or keep them on another rule, layers={...: 'fa'}",
     "mirror": f"under 'wm' for {_UNMIRRORED} passes without a mirror step: call rewire.mirror(model, steps=...), or "
     "convert with wm(every=1)",
 }

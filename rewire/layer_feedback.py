@@ -32,6 +32,9 @@ def B_of(
     device: torch.device,
 ) -> Tensor | Feedback:
     """B of a direct rule: its entries have standard deviation ``scale``, or 1 while that is not known."""
+    if torch.is_inference_mode_enabled():  # it will be used, and may learn, in passes that train
+        with torch.inference_mode(False):
+            return B_of(state, structure, output, index, shape, dtype, device)
     wiring = state.wiring
     stream, suffix = streams(state.name, index, output, wiring.outputs)
     scale = 1.0 if state.scale is None else state.scale

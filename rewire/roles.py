@@ -6,6 +6,7 @@ side loss alone may come first.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rewire.errors import PassError
+from rewire.exchange import refuse_second_order
 
 if TYPE_CHECKING:
     from rewire.passes import OutputError
@@ -34,6 +36,10 @@ def error_reached(wiring: Wiring, state: LayerState, error: OutputError, gradien
 
     Called in the backward of the layer's join, before any port upstream of it runs.
     """
+    if wiring.swapped:
+        wiring.swapped = False
+        if torch.is_grad_enabled():
+            refuse_second_order()
     is_output = error.deliver(gradient)
     if is_output and wiring.asked is not None and state.name not in wiring.asked:
         _unasked(wiring, state)
@@ -43,7 +49,9 @@ def error_reached(wiring: Wiring, state: LayerState, error: OutputError, gradien
             wiring.say_unclear()
         if wiring.counts:
             wiring.passed = wiring.unsettled = True
-        wiring.errors[state.name] = gradient.detach()
+        # Of many gradients at a time (is_grads_batched) PyTorch has no copy.
+        with suppress(RuntimeError):
+            wiring.errors[state.name] = gradient.detach()
         if state.name not in wiring.outputs:
             wiring.outputs.append(state.name)
     if state.role is Role.OUTPUT:

@@ -89,6 +89,7 @@ class Saved:
     outputs: list[str]
     readings: set[tuple[bool, bool]]
     unsettled: bool
+    passed: bool
     counted: dict[str, int]
     guard: Guard | None
     derivative: dict[str, tuple[str, Derivative]]
@@ -122,6 +123,7 @@ class Saved:
             outputs=_strings(top.take("outputs", list), "outputs"),
             readings={_pair(pair, bool) for pair in top.take("readings", list)},
             unsettled=top.take("unsettled", bool),
+            passed=top.take("passed", bool),
             counted={name: top.take(name, int) for name in COUNTED},
             guard=_read_guard(top.take("on_nonfinite", dict, type(None))),
             derivative=derivative,

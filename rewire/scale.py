@@ -28,8 +28,12 @@ def measure(
     fed = state.hand_back(rule, errors, index, exact.shape, exact.dtype, exact.device, pick)
     if fed is None:
         return
+    try:
+        exact, fed = exact.detach(), fed.detach()
+    except RuntimeError:
+        return  # many gradients at a time (is_grads_batched): PyTorch lets nobody look at them
     # float64: squares of tiny float16 or bfloat16 gradients must not vanish.
-    sums = torch.stack([exact.detach().double().square().sum(), fed.detach().double().square().sum()]).tolist()
+    sums = torch.stack([exact.double().square().sum(), fed.double().square().sum()]).tolist()
     before = state.sums or (0.0, 0.0)
     state.sums = (before[0] + sums[0], before[1] + sums[1])
     state.wiring.unsettled = state.wiring.news = True

@@ -98,7 +98,7 @@ def _mirrors(state: LayerState, x: Tensor, node: Node | None) -> bool:
 
     Feedback that is the same at all positions is handed over unwritten, so that is for whatever made x.
     """
-    if x.dim() < 2 or x.size(0) > state.wiring.held_rows:
+    if x.dim() < 2 or x.size(0) > state.wiring.held_rows or x.size(-1) != state.held:
         return False
     if not state.repeats:
         return x.dim() == 2
@@ -190,6 +190,7 @@ def _exchanged(state: LayerState, module: nn.Module, forward: Forward, x: Tensor
         if type(weight) is nn.Parameter and type(bias) is nn.Parameter:
             kept = weight.t()
             if kept.dtype is B.dtype and kept.shape == B.shape and kept.device == B.device:
+                state.wiring.swapped = True
                 return swapped(x, kept, bias, B)
     y = forward(module, x)
     return y if exchange(y, backward, transposed=state.kind.transposed) else None
@@ -218,6 +219,7 @@ def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward,
     """:func:`run` for an output layer under a direct rule: its join hands back to its own input as well."""
     B = state.mirror
     fits = B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast()
+    fits = fits and x.size(1) == state.held
     if not fits or not x.requires_grad or state.idle or state.wiring.unsettled or _transforming():
         return run(state, module, forward, (x,), {})
     node = x.grad_fn

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.edges import carry, project
@@ -30,6 +32,7 @@ def transformed(
 ) -> Any:
     """Under ``grad``, ``vmap`` and their like: inputs are remembered on the graph, the output layer projects to all."""
     leaves, spec = tree_flatten((args, kwargs))
+    _refuse_forward_mode(state, leaves)
     inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     _require_known(state, waiting=bool(inputs) and state.needs_scale(rule))
     cut = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in leaves], spec)
@@ -71,6 +74,18 @@ def _project(state: LayerState, call: Call, y: Tensor) -> Tensor:
                 given.append(B)
     inputs = [x for other in fed for x in other.inputs]
     return project(y, error.targets, error, plan, *inputs, *given)
+
+
+def _refuse_forward_mode(state: LayerState, leaves: list[Any]) -> None:
+    """Cut off from its input, a layer would have a derivative of zero."""
+    if forward_ad._current_level < 0:
+        return
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    if any(isinstance(x, Tensor) and unpack(x).tangent is not None for x in leaves):
+        raise PassError(
+            f"layer {state.label}: forward-mode derivatives (torch.func.jvp, jacfwd) do not know of {state.rule!r}, "
+            "which says what is handed back: take them under rewire.use_rule(model, 'bp')"
+        )
 
 
 def _require_known(state: LayerState, waiting: bool) -> None:

@@ -19,6 +19,7 @@ from rewire import following, learning, ready, roles
 from rewire.distributed import Groups, groups_of, in_parallel_forward, several
 from rewire.errors import RewireWarning
 from rewire.guard import Guard
+from rewire.modes import outside_of_modes
 from rewire.passes import backward_id
 from rewire.routing import Reading
 from rewire.rules.base import DirectRule
@@ -66,6 +67,7 @@ class Wiring:
             that is few enough (``held_rows``).
         unnamed: output layers of the backward under way that ``asked`` does not name.
         unready: why, in words, layers under direct rules cannot be part of such graphs now; "" if they can.
+        swapped: the newest forward has given operations other numbers to keep (:func:`rewire.exchange.swapped`).
         broken: a layer under another rule has; what was compiled then may go on being used.
         apart: they have run outside of one, and stay there.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
@@ -113,6 +115,7 @@ class Wiring:
         self.unready = ""
         self.unnamed: list[str] = []
         self.apart = False
+        self.swapped = False
         self.broken = False
         self.certain = False
         self.local = False
@@ -249,6 +252,10 @@ class Wiring:
         """
         if self.groups and self.wrapped and not in_parallel_forward():
             return  # a call on this rank alone, perhaps; the others would not answer
+        with outside_of_modes():
+            self._settle()
+
+    def _settle(self) -> None:
         self.unsettled = False
         changed = False
         if self.passed:

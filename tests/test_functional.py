@@ -441,3 +441,47 @@ def test_converted_forward_under_vmap(net, rule):
     params = detached(model)
     ours = vmap(lambda x: functional_call(model, params, (x[None],))[0])(x)
     close(ours, model(x).detach())
+
+
+@pytest.mark.parametrize("rule", ["dfa", "sdfa", "shallow", "fitted"])
+def test_forward_mode_derivatives_are_refused(rule):
+    """A layer cut off from its input has none: zero would be wrong."""
+    torch.manual_seed(0)
+    model = rewire.convert(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), rule)
+    x = torch.randn(4, 5)
+    for _ in range(3):
+        model(x).square().sum().backward()
+    for run in (lambda: torch.func.jvp(model, (x,), (x,)), lambda: torch.func.jacfwd(model)(x)):
+        with pytest.raises(rewire.PassError, match="forward-mode"):
+            run()
+    with rewire.use_rule(model, "bp"):
+        assert torch.func.jvp(model, (x,), (x,))[1].any()
+
+
+@pytest.mark.parametrize("rule", ["dfa", "kp", "dkp", "grape", "fitted(every=2)", "switch(first=bp, then=dfa, at=3)"])
+def test_a_transform_right_after_a_training_step(rule):
+    """What that has shown is taken in then, outside of the transform."""
+    torch.manual_seed(0)
+    model = rewire.convert(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), rule)
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    for _ in range(5):
+        for each in (model, twin):
+            each.zero_grad()
+            torch.nn.functional.cross_entropy(each(x), y).backward()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(p, x, y):
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(model, p, (x[None],)), y[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    twin.zero_grad()
+    torch.nn.functional.cross_entropy(twin(x), y).backward()
+    twin.zero_grad()
+    for i in range(8):
+        torch.nn.functional.cross_entropy(twin(x[i : i + 1]), y[i : i + 1]).backward()
+    if rule in ("dfa", "kp"):
+        for name, p in twin.named_parameters():
+            if "rewire" not in name:
+                torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-4, atol=1e-6)
+    assert all(g.isfinite().all() for g in each.values())

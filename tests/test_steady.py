@@ -437,3 +437,117 @@ def test_feedback_in_use_after_passes_of_another_dtype(other):
         assert {B.dtype for B in found.values()} == {dtype}
     found["2"].zero_()
     assert before.any() and not gradient(torch.float32).any()
+
+
+# -- second derivatives ---------------------------------------------------------------------------------------
+
+
+class Local(torch.autograd.Function):
+    """x Wᵀ + b, which hands back δ B, of which B is a constant."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, B):
+        ctx.save_for_backward(x, B)
+        return x @ W.T + b
+
+    @staticmethod
+    def backward(ctx, delta):
+        x, B = ctx.saved_tensors
+        return delta @ B, delta.T @ x, delta.sum(0), None
+
+
+def penalised(call, parameters):
+    """Gradients of a loss with a penalty on the gradient of its input."""
+    x = X.clone().requires_grad_()
+    loss = loss_of(call(x))
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    return torch.autograd.grad(loss + 50 * g.square().sum(), parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("passes", [0, 1, 4])
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf", "kp", "wm"])
+def test_second_derivatives_are_refused_where_they_would_be_wrong(rule, passes, dims):
+    model = ready(rule, passes)
+    parameters = [model[i].weight for i in (0, 2, 4)]
+
+    def call(x):
+        return model(x) if dims == 2 else model(x.unflatten(0, (2, 3))).flatten(0, 1)
+
+    with pytest.raises(PassError, match=r"create_graph=True.*saved_tensors_hooks"):
+        penalised(call, parameters)
+    # ... and what they are within such hooks, which is what the message says to write.
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        ours = penalised(call, parameters)
+    loss_of(model(X)).backward()
+    if rule in ("fa", "kp"):  # others make B of W, or draw it
+        Bs = rewire.feedback(model)
+
+        def by_hand(x):
+            for i in (0, 2, 4):
+                x = Local.apply(x, model[i].weight, model[i].bias, Bs[str(i)])
+                x = x if i == 4 else torch.tanh(x)
+            return x
+
+        if "0" in Bs:
+            for a, b in zip(ours, penalised(by_hand, parameters), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_direct_rules_have_second_derivatives():
+    model = ready("dfa")
+    assert all(g is not None and g.isfinite().all() for g in penalised(model, [model[i].weight for i in (0, 2, 4)]))
+
+
+# -- what somebody else has made of the layer, or of the pass -------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf", "dfa"])
+def test_a_weight_of_another_shape(rule):
+    """Structured pruning puts a smaller one in its place: feedback is made anew for it."""
+    model = ready(rule)
+    keep = torch.arange(5)  # of the 7 units between the first two layers
+    first, second = model[0], model[2]
+    first.weight, first.bias = nn.Parameter(first.weight[keep].detach()), nn.Parameter(first.bias[keep].detach())
+    second.weight = nn.Parameter(second.weight[:, keep].detach())
+    for _ in range(2):
+        model.zero_grad()
+        y = model(X)
+        loss_of(y).backward()
+        if rule in ("fa", "dfa"):
+            check(model, rule_gradients(rule, weights(model), X, e_of(y), rewire.feedback(model)))
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "dfa"])
+def test_many_gradients_at_a_time(rule):
+    """``jacobian(vectorize=True)`` and ``is_grads_batched`` work as without conversion."""
+    torch.autograd.functional.jacobian(ready(rule), X[:1], vectorize=True)  # a first look at what x's gradient is
+    model = ready(rule, scale=0.3)
+    with torch.enable_grad():
+        one = torch.autograd.functional.jacobian(model, X[:1])
+        all_ = torch.autograd.functional.jacobian(model, X[:1], vectorize=True)
+    torch.testing.assert_close(all_, one)
+
+
+LOOKS = {
+    "state_dict": nn.Module.state_dict,
+    "summary": rewire.summary,
+    "scales": rewire.scales,
+    "feedback": rewire.feedback,
+    "config": rewire.config,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("rule", ["fa", "dfa", "kp", "ldfa", "wm(every=1)", "dkp", "grape", "fitted(every=2)"])
+def test_a_look_in_inference_mode(rule, look):
+    """What layers have learned is worked out when somebody asks: it has to last."""
+    model, twin = (rewire.convert(mlp(), rule) for _ in range(2))
+    for step in range(6):
+        for each in (model, twin):
+            loss_of(each(X)).backward()
+            if each is model and step in (0, 3):
+                with torch.inference_mode():
+                    LOOKS[look](model)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)

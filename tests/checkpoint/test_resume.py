@@ -1,5 +1,6 @@
 """Ten steps, saved, resumed in another process, ten more: bit by bit what twenty steps in one go lead to."""
 
+import copy
 import json
 import os
 import subprocess
@@ -45,3 +46,33 @@ def test_a_resumed_training_is_bit_by_bit_the_undisturbed_one(runs):
 
 def test_every_rule_is_resumed():
     assert {CASES[case]["rule"] for case in CASES if case.endswith("-11")} == set(EVERY.values())
+
+
+@pytest.mark.parametrize("rule", ["anchored(rule=dfa, every=3)", "switch(first=bp, then=dfa, at=7)"])
+def test_several_processes_save_the_pass_that_they_have_not_taken_in(rule, monkeypatch):
+    """They take it in together, when the next forward begins; none may do so by itself, for saving."""
+
+    def steps(model, count):
+        for _ in range(count):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+
+    x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+    model = rewire.convert(make(), rule, scale=0.3)
+    steps(model, 5)
+    with monkeypatch.context() as among_others:
+        among_others.setattr(rewire.wiring, "several", lambda: True)
+        saved, weights = json.loads(json.dumps(rewire.config(model))), copy.deepcopy(model.state_dict())
+    resumed = rewire.load_config(make(), saved)
+    resumed.load_state_dict(weights)
+    for each in (model, resumed):
+        steps(each, 7)
+    for p, q in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)

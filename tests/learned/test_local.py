@@ -4,6 +4,7 @@ The reference knows what each layer keeps at the start, the data and the equatio
 """
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import rewire
@@ -928,3 +930,38 @@ def test_two_processes(tmp_path):
             alone(x)
             for name, t in alone.state_dict().items():
                 assert (t - found[rule][name]).abs().max() < 1e-10, (rule, name)
+
+
+@pytest.mark.parametrize("how", ["prune", "weight norm"])
+@pytest.mark.parametrize("rule", ["kp", "pfa"])
+def test_a_weight_that_is_made_of_others_later_on_is_said(rule, how):
+    torch.manual_seed(0)
+    model = rewire.convert(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Linear(7, 3)), rule)
+    x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    F.cross_entropy(model(x), y).backward()
+    if how == "prune":
+        prune.l1_unstructured(model[2], "weight", 0.3)
+    else:
+        nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.warns(rewire.RewireWarning, match="'2'.*made of other parameters.*no gradient"):
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+
+
+@pytest.mark.parametrize("rule", ["kp", "pfa", "wm(every=1)", "ldfa"])
+def test_checkpointing_that_keeps_products(rule):
+    """What a layer learns in its forward is no product of the model's."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    torch.manual_seed(0)
+    plain = rewire.convert(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7), nn.Linear(7, 3)).double(), rule)
+    kept = copy.deepcopy(plain)
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,))
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, products)
+    for _ in range(4):
+        plain.zero_grad(), kept.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        F.cross_entropy(checkpoint(kept, x, use_reentrant=False, context_fn=contexts), y).backward()
+        for p, q in zip(plain.parameters(), kept.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad)
