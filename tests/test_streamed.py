@@ -971,7 +971,8 @@ def test_buffers_are_put_back_whatever_they_are(make):
 def test_an_input_from_elsewhere_stays_as_it_is():
     """It is the caller's: cut off in place, it would silently lose its gradient for everything else."""
     encoders = [seeded(nn.Linear, 8, 8).to(x8) for _ in range(2)]
-    ordinary = settled(rewire.convert(seeded(chain, 8, 8, 8, CLASSES).to(x8), "dfa", skip="cut"), x8, loss_of)
+    body = rewire.convert(seeded(chain, 8, 8, 8, CLASSES).to(x8), "dfa", skip="cut")
+    ordinary = settled(body, x8.clone().requires_grad_(), loss_of)
     streamed = copy.deepcopy(ordinary)
     penalties = []
     for encoder, model in zip(encoders, (ordinary, streamed), strict=True):
