@@ -29,7 +29,7 @@ def prepare(wiring: Wiring) -> None:
     direct = [state for state in running if isinstance(state.rule, DirectRule)]
     # The layers of a pass find each other on one graph: all of them are part of it, or none.
     wiring.unready = _unready(wiring, running) if direct else ""
-    apart = bool(wiring.unready) or wiring.apart or wiring.broken
+    apart = bool(wiring.unready) or wiring.apart
     for state in states:
         state.in_graph = state.traceable and state.plain and not (direct and apart)
         state.joins_traced = state.role is Role.OUTPUT and bool(direct)

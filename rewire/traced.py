@@ -382,8 +382,6 @@ def left_out(state: LayerState) -> None:
     """A layer of a compiled model runs outside of any graph."""
     if isinstance(state.rule, DirectRule):
         ready.part(state.wiring)
-    else:
-        state.wiring.broken = True
 
 
 # -- traced by Dynamo ----------------------------------------------------------------------------------

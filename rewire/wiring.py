@@ -68,7 +68,6 @@ class Wiring:
         unnamed: output layers of the backward under way that ``asked`` does not name.
         unready: why, in words, layers under direct rules cannot be part of such graphs now; "" if they can.
         swapped: the newest forward has given operations other numbers to keep (:func:`rewire.exchange.swapped`).
-        broken: a layer under another rule has; what was compiled then may go on being used.
         apart: they have run outside of one, and stay there.
         bypassed: parameters that met an activation outside of any call, in passes not taken in yet.
         readings: orders of sequence and batch dimension that passes have shown.
@@ -116,7 +115,6 @@ class Wiring:
         self.unnamed: list[str] = []
         self.apart = False
         self.swapped = False
-        self.broken = False
         self.certain = False
         self.local = False
         self.picks = False
@@ -143,7 +141,6 @@ class Wiring:
             "_weights": {},
             "prepared": False,
             "apart": False,
-            "broken": False,
         }
         return {**self.__dict__, **fresh, "groups": ()}
 
