@@ -48,7 +48,7 @@ def finish(
 def mark_all(state: LayerState, call: Call, output: Any, joins: bool) -> Any:
     """:func:`mark` for each tensor in what a block returns."""
     leaves, spec = tree_flatten(output)
-    tensors = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.is_floating_point()]
+    tensors = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and (y.is_floating_point() or y.requires_grad)]
     if call.ports and not call.tickets:  # probes: what is made of the inputs needs a gradient, whatever is frozen
         state.made_of_inputs = frozenset(i for i in tensors if leaves[i].requires_grad)
     for i in tensors:

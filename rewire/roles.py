@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rewire.errors import PassError
 from rewire.exchange import refuse_second_order
+from rewire.passes import backward_id
 
 if TYPE_CHECKING:
     from rewire.passes import OutputError
@@ -38,7 +39,7 @@ def error_reached(wiring: Wiring, state: LayerState, error: OutputError, gradien
     """
     if wiring.swapped:
         wiring.swapped = False
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and backward_id() != -1:
             refuse_second_order()
     is_output = error.deliver(gradient)
     if is_output and wiring.asked is not None and state.name not in wiring.asked:

@@ -1002,6 +1002,18 @@ def test_layers_frozen_one_after_another(frozen):
     agree(streamed, ordinary)
 
 
+@pytest.mark.parametrize("rule", ["bp", "fa", "usf", "frsf", "brsf"])
+def test_a_settled_layer_under_another_rule(rule):
+    """On its shortest way: e is looked for where gradients are on."""
+    model = rewire.convert(seeded(chain, 8, 8, 8, 8, CLASSES).to(x8), "dfa", skip="cut", layers={"4": rule})
+    ordinary = settled(model, x8, loss_of, passes=4)
+    streamed = copy.deepcopy(ordinary)
+    for _ in range(3):
+        loss_of(ordinary(x8)).backward()
+        rewire.backward_streamed(streamed, x8, loss_of)
+    agree(streamed, ordinary)
+
+
 def test_hooks_on_what_a_layer_is_fed_with():
     """Those put there before count, as under ``skip="keep"``: they are given what was fed back."""
 
