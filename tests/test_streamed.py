@@ -326,6 +326,15 @@ def agree(ours, theirs, tol=TOL):
             same(p.grad, q.grad, name, tol)
 
 
+def side_by_side(ordinary, passes=3):
+    """Passes of ``ordinary`` and streamed ones of a copy lead to the same."""
+    streamed = copy.deepcopy(ordinary)
+    for _ in range(passes):
+        loss_of(ordinary(x8)).backward()
+        rewire.backward_streamed(streamed, x8, loss_of)
+    agree(streamed, ordinary)
+
+
 @pytest.fixture
 def plans(monkeypatch):
     """The plan of every second forward, so that nothing passes by falling back to an ordinary backward."""
@@ -961,11 +970,7 @@ def test_buffers_are_put_back_whatever_they_are(make):
     ordinary = settled(rewire.convert(seeded(make), "dfa", skip="cut"), x8, loss_of)
     if isinstance(ordinary, Lazy):
         del ordinary.mean
-    streamed = copy.deepcopy(ordinary)
-    for _ in range(2):
-        loss_of(ordinary(x8)).backward()
-        rewire.backward_streamed(streamed, x8, loss_of)
-    agree(streamed, ordinary)
+    side_by_side(ordinary)
 
 
 def test_an_input_from_elsewhere_stays_as_it_is():
@@ -995,11 +1000,7 @@ def test_layers_frozen_one_after_another(frozen):
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     ordinary = settled(rewire.convert(model, "dfa", skip="cut"), x8, loss_of)
-    streamed = copy.deepcopy(ordinary)
-    for _ in range(2):
-        loss_of(ordinary(x8)).backward()
-        rewire.backward_streamed(streamed, x8, loss_of)
-    agree(streamed, ordinary)
+    side_by_side(ordinary)
 
 
 @pytest.mark.parametrize("rule", ["bp", "fa", "usf", "frsf", "brsf"])
@@ -1007,11 +1008,7 @@ def test_a_settled_layer_under_another_rule(rule):
     """On its shortest way: e is looked for where gradients are on."""
     model = rewire.convert(seeded(chain, 8, 8, 8, 8, CLASSES).to(x8), "dfa", skip="cut", layers={"4": rule})
     ordinary = settled(model, x8, loss_of, passes=4)
-    streamed = copy.deepcopy(ordinary)
-    for _ in range(3):
-        loss_of(ordinary(x8)).backward()
-        rewire.backward_streamed(streamed, x8, loss_of)
-    agree(streamed, ordinary)
+    side_by_side(ordinary)
 
 
 def test_hooks_on_what_a_layer_is_fed_with():

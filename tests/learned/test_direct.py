@@ -328,3 +328,21 @@ def test_costs_are_shown():
     rows = {row.name: row for row in rewire.summary(model).rows}
     assert "exact in 2 % of passes; a forward-mode probe before 25 % of passes" in rows["2"].note
     assert rows["0"].rule == "bp" and "by switch(first='bp', then='dfa', at=3)" in rows["0"].note
+
+
+@pytest.mark.parametrize("rule", ["fitted", "dkp", "grape", "switch(first=bp, then=dfa, at=5)"])
+def test_averages_made_after_three_passes(rule):
+    """As docs/training.md says: buffers are paired by their order, and all of them are there by then."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)]
+    model = rewire.convert(nn.Sequential(*layers), rule)
+    x = torch.randn(8, 5)
+    for _ in range(3):
+        model(x).square().sum().backward()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(4):
+        model(x).square().sum().backward()
+        average.update_parameters(model)
+        for (name, p), q in zip(model.named_parameters(), average.module.parameters(), strict=True):
+            torch.testing.assert_close(p, q, msg=name)  # nothing steps here
+    assert len([*average.module.buffers()]) == len([*model.buffers()])
