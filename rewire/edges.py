@@ -27,7 +27,7 @@ from torch.autograd import Function
 
 from rewire.errors import PassError
 from rewire.nodes import Node
-from rewire.passes import Call, OutputError, metadata
+from rewire.passes import CALL, Call, OutputError, backward_id, metadata
 from rewire.picks import Pick
 from rewire.structures.base import Cache
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
 
 
-_backward_id: Callable[[], int] = torch._C._current_graph_task_id
+_current_node: Callable[[], Any] = torch._C._current_autograd_node
 _graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -320,60 +320,63 @@ project: Callable[..., Tensor] = Project.apply
 carry: Callable[..., Tensor] = Carry.apply
 
 
-_HOOK = "rewire"  # not a number, as the keys of all other hooks are
+def _at_output(gradient: Tensor | None) -> None:
+    """Hook of a call's output: looks at the gradient for the call that lies on the node under way."""
+    node: Any = _current_node()
+    call: Call | None = None if node is None else node.metadata.get(CALL)
+    if call is None or (call.errors and not call.nested):
+        return
+    if call.own:
+        _arrived(call.own, gradient)
+    else:
+        _check(call, gradient)
 
 
-class Look(partial[None]):
-    """What :func:`hook` is given. Nobody who saves a tensor need be told that this is not saved with it."""
+# Its hooks are those of all outputs that are looked at. PyTorch keeps a tensor's hooks with its node, and that one line
+# is all there is to do in each call: ``register_hook`` makes a dict and a handle each time, and with a hook of the
+# call's own, what the output holds would hold the call.
+looked_at = torch.empty(0)
+looked_at._backward_hooks = OrderedDict(rewire=_at_output)
 
-    __torch_unserializable__ = True
 
-
-def hook(y: Tensor, node: Node, look: Look) -> dict[Any, Any]:
-    """``y.register_hook(look)`` without the handle, which takes longer to make than all the rest of it.
-
-    Args:
-        node: that made y.
-
-    Returns:
-        The hooks of y.
-    """
-    hooks: Any = y._backward_hooks
-    if hooks is None:
-        y._backward_hooks = hooks = OrderedDict()
-        node._register_hook_dict(y)
-    hooks[_HOOK] = look
-    return hooks  # type: ignore[no-any-return]
+def look(node: Node) -> None:
+    """Have :func:`_at_output` look at the gradient of the (first) output of a node, where a call was left."""
+    node._register_hook_dict(looked_at)
 
 
 def guard(y: Tensor, node: Node, call: Call) -> None:
     """Have :func:`check` look at the gradient of y, the output of a hidden layer's ``call``."""
-    # What y holds must not hold the call, which holds the hooks: a forward without a backward would stay in memory.
-    call.guard = hook(y, node, Look(_check, call.state, call.errors, _backward_id() != -1))
+    if backward_id() != -1:
+        call.nested = True
+    if type(y) is Tensor and y.output_nr == 0:
+        look(node)
+    else:  # of a kind that hooks may mean something else to, or one of several outputs
+        node.register_prehook(partial(check, call))
 
 
-def unguard(call: Call) -> None:
-    """An output error is sure to come: nothing to look at in the backward."""
-    if call.guard is not None:
-        call.guard.pop(_HOOK, None)
-        call.guard = None
+def _arrived(errors: Sequence[OutputError], gradient: Tensor | None) -> None:
+    """An output layer whose error nobody waits for."""
+    if gradient is not None:
+        for error in errors:
+            error.state.wiring.error_reached(error.state, error, gradient)
+            error.let_go()
 
 
-def check(call: Call, nested: bool, gradients: Sequence[Tensor | None]) -> None:
+def check(call: Call, gradients: Sequence[Tensor | None]) -> None:
     """Hook of the node of a hidden layer's output: a gradient there, but no output error to come, is an error.
 
     Args:
-        nested: the call was made inside a backward pass.
         gradients: what arrived at the output.
     """
     for gradient in gradients:
-        _check(call.state, call.errors, nested, gradient)
+        _check(call, gradient)
 
 
-def _check(state: LayerState, errors: list[OutputError], nested: bool, gradient: Tensor | None) -> None:
-    if errors and not nested:
+def _check(call: Call, gradient: Tensor | None) -> None:
+    if call.errors and not call.nested:
         return
-    if nested:
+    state = call.state
+    if call.nested:
         raise PassError(reentrant_message(state.label))
     if gradient is not None:
         label, name, wiring = state.label, state.name, state.wiring

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rewire.bypass import direct_uses
-from rewire.edges import Handed, alias, check, guard, join, port, unguard
+from rewire.edges import Handed, alias, guard, join, port
 from rewire.nodes import Node
 from rewire.passes import (
     Call,
@@ -23,15 +23,15 @@ from rewire.picks import Pick
 from rewire.roles import Role
 from rewire.rows import errors_below
 from rewire.state import LayerState
-from rewire.streaming import stream_of
+from rewire.streaming import stream_of, streaming
 from rewire.targets import current_targets
 
 
 def finish(
     state: LayerState,
     output: Any,
-    sources: list[Node],
-    tickets: list[Tensor],
+    sources: Sequence[Node],
+    tickets: Sequence[Tensor],
     errors: list[OutputError],
     ports: int,
     pick: Pick | None = None,
@@ -73,16 +73,13 @@ def mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
         leave(node, call)
         if (call.tickets or call.mirrored is not None) and not joins:
             # Some microseconds in each call: a layer that no error can reach must not go unnoticed, not once.
-            if type(y) is Tensor and call.guard is None:
-                guard(y, node, call)
-            else:  # more than one output, or of a kind that hooks may mean something else to
-                node.register_prehook(partial(check, call, backward_id() != -1))
+            guard(y, node, call)
     return y
 
 
 def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
-    stream = stream_of(state)
+    stream = None if streaming.get() is None else stream_of(state)
     if stream is not None and not stream.joins:
         return alias(y) if y._is_view() else y  # as what joins return: no view
     wiring = state.wiring
@@ -97,22 +94,20 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
     handed: list[Handed] = []
     inputs: list[Tensor] = []
     shape, dtype = y.shape, y.dtype
-    nested = error.nested = backward_id() != -1
+    error.nested = backward_id() != -1
     plain = state.role is Role.OUTPUT and call.pick is None and len(shape) == 2
     rows, features = shape if plain else (0, 0)
     for feeder in (call, *feeders):
         arrives = others.get(feeder, error) if others else error
         feeder.errors.append(arrives)
-        if not nested:
-            unguard(feeder)
         if feeder is not call:  # another output of the same call is beside it
             for lower in feeder.own:
                 lower.above.append(error)
         if feeder.mirrored is not None:
-            x, rule, B = feeder.mirrored
-            if plain and arrives is error and dtype is B.dtype and x.size(0) == rows and B.size(0) == features:
+            x, at, rule, B = feeder.mirrored
+            if plain and arrives is error and dtype is B.dtype and at[0] == rows and B.size(0) == features:
                 inputs.append(x)
-                handed.append((feeder, x.shape, rule, B))
+                handed.append((feeder, at, rule, B))
             else:  # not the output that B is for, or not with an error for each row of x
                 tickets.append(port(x, (feeder.state, rule, [arrives], 0, None, None, None)))
                 error.ports += 1
@@ -121,7 +116,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
         error.ports += feeder.ports
     if not y.requires_grad and not tickets and not inputs:
         return y
-    call.own.append(error)
+    call.own = (*call.own, error)
     call.feeders = feeders
     joined = join(y, error, handed, *tickets, *inputs)
     if stream is not None:

@@ -9,7 +9,7 @@ mix: they are different graphs. A `detach()` in the model separates what it sepa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +29,8 @@ _ALWAYS = -3  # in place of the number of a backward pass
 CALL = "rewire.call"  # where a call lies in the metadata of its output's graph node
 
 
-def backward_id() -> int:
-    """A number for the backward pass this thread is in, -1 outside of one."""
-    return torch._C._current_graph_task_id()
+# () -> a number for the backward pass this thread is in, -1 outside of one.
+backward_id: Callable[[], int] = torch._C._current_graph_task_id
 
 
 class OutputError:
@@ -185,18 +184,18 @@ class Call:
         pick: how its rows were picked from the batch, if they were.
         inputs: inside ``torch.func`` transforms, the input tensors themselves in place of tickets.
         index: number of the first of them.
-        guard: hooks of its output, :func:`rewire.edges.check` among them until an output error is sure to come.
-        mirrored: (x, rule, B), if there is no ticket and the join itself hands e B to x. Let go in the backward that
-            frees the graph.
+        nested: it was made inside a backward pass.
+        mirrored: (x, its shape, rule, B), if there is no ticket and the join itself hands e B to x. Let go in the
+            backward that frees the graph.
     """
 
     __slots__ = (
         "errors",
         "feeders",
-        "guard",
         "index",
         "inputs",
         "mirrored",
+        "nested",
         "own",
         "pick",
         "ports",
@@ -208,8 +207,8 @@ class Call:
     def __init__(
         self,
         state: LayerState,
-        sources: list[Node],
-        tickets: list[Tensor],
+        sources: Sequence[Node],
+        tickets: Sequence[Tensor],
         errors: list[OutputError],
         ports: int = 0,
     ) -> None:
@@ -218,13 +217,13 @@ class Call:
         self.sources = sources
         self.tickets = tickets
         self.errors = errors
-        self.own: list[OutputError] = []
-        self.feeders: list[Call] = []
+        self.own: tuple[OutputError, ...] = ()
+        self.feeders: Sequence[Call] = ()
         self.pick: Pick | None = None
-        self.inputs: list[Tensor] = []
+        self.inputs: Sequence[Tensor] = ()
         self.index = 0
-        self.guard: dict[Any, Any] | None = None
-        self.mirrored: tuple[Tensor, DirectRule, Tensor] | None = None
+        self.nested = False
+        self.mirrored: tuple[Tensor, torch.Size, DirectRule, Tensor] | None = None
 
 
 def metadata(node: Node) -> dict[Any, Any]:
@@ -235,7 +234,7 @@ def metadata(node: Node) -> dict[Any, Any]:
 
 def leave(node: Node, call: Call) -> None:
     """Put ``call`` on the graph node of its output."""
-    metadata(node)[CALL] = call
+    node.metadata[CALL] = call  # type: ignore[index]
 
 
 def call_at(y: Tensor) -> Call | None:

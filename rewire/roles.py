@@ -6,7 +6,6 @@ side loss alone may come first.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,8 +50,10 @@ def error_reached(wiring: Wiring, state: LayerState, error: OutputError, gradien
         if wiring.counts:
             wiring.passed = wiring.unsettled = True
         # Of many gradients at a time (is_grads_batched) PyTorch has no copy.
-        with suppress(RuntimeError):
+        try:  # noqa: SIM105 - suppress() takes longer than all the rest
             wiring.errors[state.name] = gradient.detach()
+        except RuntimeError:
+            pass
         if state.name not in wiring.outputs:
             wiring.outputs.append(state.name)
     if state.role is Role.OUTPUT:

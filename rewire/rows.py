@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -58,7 +58,7 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
     """
     wiring = call.state.wiring
 
-    def sources(lower: Call) -> list[Node]:
+    def sources(lower: Call) -> Sequence[Node]:
         return [] if lower.state.wiring is not wiring else lower.sources
 
     rows = rows_below(call.sources, y.shape, error.axis, call.pick is not None, call_of, sources)

@@ -29,7 +29,6 @@ from rewire.streaming import stream_of
 from rewire.transforms import transformed, transformed_output
 
 # Looked up once: these run in every call of every layer.
-_backward_id: Callable[[], int] = torch._C._current_graph_task_id
 
 
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled

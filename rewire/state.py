@@ -297,6 +297,7 @@ class LayerState:
         self.written = repr(self.rule)
         self.traceable = traceable(self)
         self.wiring.prepared = False
+        self.wiring.note_rules()
 
     def changed(self) -> None:
         """Take in something that a pass under way has shown about this layer alone."""

@@ -5,21 +5,21 @@ Everything that is special about a call sends it back to :func:`rewire.run.run`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewire.edges import READ_REPEATED, Look, alias, guard, hook, port
+from rewire.edges import READ_REPEATED, alias, guard, look, port
 from rewire.exchange import exchange, exchangeable, swapped
 from rewire.kernels import linear
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.local_weights import LocalWeight, local_weight
 from rewire.marks import finish, mark, mark_all, sources_of
 from rewire.nodes import Node
-from rewire.passes import CALL, Call, OutputError
+from rewire.passes import CALL, Call, OutputError, backward_id
 from rewire.routing import LAYOUTS
 from rewire.run import idle, run
 from rewire.state import LayerState
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from rewire.attention import Seat
 
 # Looked up once: these run in every call of every layer.
-_backward_id: Callable[[], int] = torch._C._current_graph_task_id
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
+NONE: tuple[Any, ...] = ()
 _VIEWED = 2**16  # numbers that an output may have whose view is left as it is: see _small
 
 
@@ -42,33 +42,78 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     Written out in one place because every Python function more is felt in small layers, and more so when the
     weights of large ones have swept the cache.
     """
-    if state.wiring.unsettled or _transforming():
+    wiring = state.wiring
+    if wiring.unsettled or _transforming():
         return run(state, module, forward, (x,), {})
-    if not x.requires_grad:
-        return _first(state, module, forward, x)
+    if not x.requires_grad:  # there is nothing to hand back to: the first layer of a network
+        y = forward(module, x)
+        if type(y) is not Tensor or not y.requires_grad or state.idle or y._is_view():
+            return _first(state, forward, y)
+        y.grad_fn.metadata[CALL] = Call(state, NONE, NONE, [])  # type: ignore[union-attr, index]
+        return y
     if not state.settled:
         return run(state, module, forward, (x,), {})
     if state.idle:
         state.wake()
     node = x.grad_fn
-    errors: list[OutputError] = []
-    B = state.mirror
-    if B is not None and x.dtype is B.dtype and x.device == B.device and not _autocast() and _mirrors(state, x, node):
+    call = Call(state, NONE if node is None else (node,), NONE, [])
+    B, shape = state.mirror, x.shape
+    if (
+        B is not None
+        and len(shape) > 1
+        and shape[-1] == state.held
+        and shape[0] <= wiring.held_rows
+        and (_repeats(shape, node) if state.repeats else len(shape) == 2)
+        and x.dtype is B.dtype
+        and x.device == B.device
+        and not _autocast()
+    ):
         # e B is small: it is made as soon as e is known, by the join, which needs x itself and no ticket.
-        call = Call(state, [] if node is None else [node], [], errors)
-        call.mirrored = x, state.rule, B  # type: ignore[assignment]
+        call.mirrored = x, shape, state.rule, B  # type: ignore[assignment]
     else:
-        ticket = port(x, (state, state.rule, errors, 0, None, None, None))
-        call = Call(state, [] if node is None else [node], [ticket], errors, 1)
+        _ask(call, x, 0)
     y = forward(module, x.detach())
-    if type(y) is not Tensor or not y.requires_grad or (y._is_view() and not _small(y, forward)):
+    if type(y) is not Tensor or not y.requires_grad:
         if not call.tickets and not (isinstance(y, Tensor) and y.requires_grad):
-            # A frozen layer: something has to tie y to the graph.
-            call.mirrored, call.ports = None, 1
-            call.tickets = [port(x, (state, state.rule, errors, 0, None, None, None))]
+            call.mirrored = None
+            _ask(call, x, 0)  # a frozen layer: something has to tie y to the graph
         return mark(state, call, y, joins=False) if isinstance(y, Tensor) else mark_all(state, call, y, joins=False)
-    guard(*_leave(y, call), call)
+    if y._is_view():
+        if not _small(y, forward):
+            return mark(state, call, y, joins=False)
+        guard(*_leave(y, call), call)
+        return y
+    made: Any = y.grad_fn
+    made.metadata[CALL] = call
+    if backward_id() == -1 and y.output_nr == 0:
+        look(made)
+    else:
+        guard(y, made, call)
     return y
+
+
+def _ask(call: Call, x: Tensor, index: int) -> None:
+    """Have ``call``'s input x fed back by a port, which will ask for e.
+
+    Args:
+        index: which of the layer's inputs x is.
+    """
+    state = call.state
+    call.tickets = (port(x, (state, state.rule, call.errors, index, None, None, None)),)
+    call.ports = 1
+
+
+def _repeats(shape: torch.Size, node: Node | None) -> bool:
+    """Whether an input of this shape, (N, positions..., features), may be handed e B once for all positions.
+
+    Nothing is written out then, so that is for whatever made x.
+    """
+    return (
+        len(shape) > 2
+        and shape[0] != shape[1]  # which of the two is the batch could not be told
+        and node is not None
+        and node.name() in READ_REPEATED
+    )
 
 
 def _small(y: Tensor, forward: Forward) -> bool:
@@ -93,23 +138,6 @@ def _leave(y: Tensor, call: Call) -> tuple[Tensor, Node]:
     return base, base.grad_fn
 
 
-def _mirrors(state: LayerState, x: Tensor, node: Node | None) -> bool:
-    """Whether ``state.mirror`` is the B of an input like x, and few enough numbers are e B for the join to make it.
-
-    Feedback that is the same at all positions is handed over unwritten, so that is for whatever made x.
-    """
-    if x.dim() < 2 or x.size(0) > state.wiring.held_rows or x.size(-1) != state.held:
-        return False
-    if not state.repeats:
-        return x.dim() == 2
-    return (
-        x.dim() > 2
-        and x.size(0) != x.size(1)  # which of the two is the batch could not be told
-        and node is not None
-        and node.name() in READ_REPEATED
-    )
-
-
 def steady_projection(
     state: LayerState,
     weight: Tensor,
@@ -117,7 +145,7 @@ def steady_projection(
     view: Tensor,
     bias: Tensor | None,
     seat: Seat,
-    within: list[Node] | None,
+    within: Sequence[Node] | None,
 ) -> Tensor | None:
     """:func:`rewire.uses.call` for nearly every projection there is: a settled hidden layer of PyTorch's attention.
 
@@ -139,10 +167,9 @@ def steady_projection(
         return None
     outer = seat.outer(x)
     if within is None or state.wiring.pours:
-        within = [] if outer.grad_fn is None else [outer.grad_fn]
-    errors: list[OutputError] = []
-    ticket = port(outer, (state, state.rule, errors, input_of(state, view, weight, -1), None, None, None))
-    call = Call(state, within, [ticket], errors, 1)
+        within = NONE if outer.grad_fn is None else (outer.grad_fn,)
+    call = Call(state, within, NONE, [])
+    _ask(call, outer, input_of(state, view, weight, -1))
     y = F.linear(x.detach(), view, bias)
     if not y.requires_grad or (y._is_view() and y.numel() > _VIEWED):
         return mark(state, call, y, joins=False)
@@ -150,16 +177,15 @@ def steady_projection(
     return y
 
 
-def _first(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
-    """:func:`steady_direct` where there is nothing to hand back to: the first layer of a network."""
-    y = forward(module, x)
+def _first(state: LayerState, forward: Forward, y: Any) -> Any:
+    """What is left to do about the output y of a layer whose input needs no gradient, where something is special."""
     if type(y) is not Tensor or not y.requires_grad:
         return idle(state, y)
     if state.idle:
         state.wake()
     if y._is_view() and not _small(y, forward):
-        return finish(state, y, [], [], [], 0)
-    _leave(y, Call(state, [], [], []))
+        return finish(state, y, NONE, NONE, [], 0)
+    _leave(y, Call(state, NONE, NONE, []))
     return y
 
 
@@ -217,14 +243,14 @@ def _weight_of(state: LayerState) -> BackwardWeight:
 
 def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
     """:func:`run` for an output layer under a direct rule: its join hands back to its own input as well."""
-    B = state.mirror
-    fits = B is not None and x.dtype is B.dtype and x.dim() == 2 and x.device == B.device and not _autocast()
-    fits = fits and x.size(1) == state.held
+    B, shape = state.mirror, x.shape
+    fits = B is not None and x.dtype is B.dtype and len(shape) == 2 and x.device == B.device and not _autocast()
+    fits = fits and shape[1] == state.held
     if not fits or not x.requires_grad or state.idle or state.wiring.unsettled or _transforming():
         return run(state, module, forward, (x,), {})
     node = x.grad_fn
-    call = Call(state, [] if node is None else [node], [], [])
-    call.mirrored = x, state.rule, B  # type: ignore[assignment]
+    call = Call(state, NONE if node is None else (node,), NONE, [])
+    call.mirrored = x, shape, state.rule, B  # type: ignore[assignment]
     y = forward(module, x.detach())
     return mark(state, call, y, joins=True) if isinstance(y, Tensor) else mark_all(state, call, y, joins=True)
 
@@ -238,7 +264,7 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
     wiring = state.wiring
     if state.called or not wiring.local or not wiring.certain or wiring.unsettled or not exchangeable():
         return run(state, module, forward, (x,), {})
-    if _backward_id() != -1:
+    if backward_id() != -1:
         return run(state, module, forward, (x,), {})
     y = _exchanged(state, module, forward, x)
     if y is None:
@@ -246,25 +272,18 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
     if not y.requires_grad:
         return y
     if type(y) is not Tensor:
-        return finish(state, y, sources_of((x,), {}), [], [], 0)
+        return finish(state, y, sources_of((x,), {}), NONE, [], 0)
     if y._is_view():
         y = alias(y)  # as in :func:`rewire.marks.mark`
     state.called = True
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), None)
-    call = Call(state, [], [], [])
-    call.own.append(error)
+    call = Call(state, NONE, NONE, [])
+    call.own = (error,)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
-    hook(y, made, Look(_arrived, error))  # type: ignore[arg-type]
+    look(made)  # type: ignore[arg-type]
     return y
-
-
-def _arrived(error: OutputError, gradient: Tensor | None) -> None:
-    """Hook of an output layer's output."""
-    if gradient is not None:
-        error.state.wiring.error_reached(error.state, error, gradient)
-        error.let_go()
 
 
 Steady = Callable[[LayerState, nn.Module, Forward, Tensor], Any]

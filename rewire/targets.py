@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -39,6 +39,5 @@ def targets(y: Tensor) -> Iterator[None]:
         _current.reset(token)
 
 
-def current_targets() -> Tensor | None:
-    """The innermost :func:`targets` of this thread, or None outside of any."""
-    return _current.get()
+# () -> the innermost :func:`targets` of this thread, or None outside of any.
+current_targets: Callable[[], Tensor | None] = _current.get

@@ -226,7 +226,7 @@ def joined(y: Tensor, key: int, name: str, count: int, *tensors: Tensor) -> Tens
             lower.above.append(error)
     if not y.requires_grad and not tickets:
         return y
-    call.own.append(error)
+    call.own = (*call.own, error)
     call.feeders = feeders
     y = _join(y, error, *tickets)
     if y.grad_fn is not None:
@@ -270,7 +270,7 @@ def _call(key: int, name: str, count: int, tensors: tuple[Tensor, ...]) -> Call:
 
 def _check(call: Call, gradients: Any) -> None:
     try:
-        check(call, False, gradients)
+        check(call, gradients)
     except PassError as problem:
         raise PassError(
             f"{problem}. Under torch.compile a graph break between the two has the same effect (fullgraph=True finds "

@@ -105,6 +105,7 @@ class Wiring:
         self.passes = 0
         self.sampled = 0
         self.rests = False
+        self._counts: bool | None = None  # not looked up since a rule changed
         self.probed = -1
         self.probe_count = 0
         self.looked = False
@@ -155,6 +156,7 @@ class Wiring:
     def rest(self) -> None:
         """Leave the feedback as it is from now on: for copies that are looked at."""
         self.rests = self.still = True
+        self._counts = None
         for state in self.layers.values():
             state.gathered = {}
             if state.counts:
@@ -163,7 +165,13 @@ class Wiring:
     @property
     def counts(self) -> bool:
         """Whether passes count: for feedback that learns, and for rules on a schedule."""
-        return not self.rests and any(state.counts for state in self.layers.values())
+        if self._counts is None:
+            self._counts = not self.rests and any(state.counts for state in self.layers.values())
+        return self._counts
+
+    def note_rules(self) -> None:
+        """A layer's rule may be another one."""
+        self._counts = None
 
     def outputs_label(self) -> str:
         """Names of the output layers, for messages."""

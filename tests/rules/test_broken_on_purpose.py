@@ -204,9 +204,9 @@ def test_breaking_the_rules_own_class_is_found(monkeypatch):
 
 
 def other_feedback(self, name, value):
-    """For ``Call.mirrored``: (x, rule, B) with another B."""
+    """For ``Call.mirrored``: (x, its shape, rule, B) with another B."""
     if name == "mirrored" and value is not None:
-        value = (*value[:2], 2 * value[2])
+        value = (*value[:-1], 2 * value[-1])
     object.__setattr__(self, name, value)
 
 
