@@ -62,7 +62,7 @@ def mark_all(state: LayerState, call: Call, output: Any, joins: bool) -> Any:
 def mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     """Leave ``call`` at its output, joined to the pass if it ``joins``; returns what takes the output's place."""
     if joins:
-        y = _join(state, call, y)
+        y = joined(state, call, y)
     elif call.tickets and not y.requires_grad:
         y = join(y, None, [], *call.tickets)  # frozen: keeps the graph in one piece
     elif y._is_view():
@@ -77,7 +77,7 @@ def mark(state: LayerState, call: Call, y: Tensor, joins: bool) -> Tensor:
     return y
 
 
-def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
+def joined(state: LayerState, call: Call, y: Tensor) -> Tensor:
     """The output of an output layer: every port upstream, its own included, will wait for its gradient."""
     stream = None if streaming.get() is None else stream_of(state)
     if stream is not None and not stream.joins:
@@ -105,7 +105,7 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
                 lower.above.append(error)
         if feeder.mirrored is not None:
             x, at, rule, B = feeder.mirrored
-            if plain and arrives is error and dtype is B.dtype and at[0] == rows and B.size(0) == features:
+            if plain and arrives is error and dtype is B.dtype and at[0] == rows and len(B) == features:
                 inputs.append(x)
                 handed.append((feeder, at, rule, B))
             else:  # not the output that B is for, or not with an error for each row of x
@@ -118,10 +118,10 @@ def _join(state: LayerState, call: Call, y: Tensor) -> Tensor:
         return y
     call.own = (*call.own, error)
     call.feeders = feeders
-    joined = join(y, error, handed, *tickets, *inputs)
+    out = join(y, error, handed, *tickets, *inputs)
     if stream is not None:
-        stream.joined(error, joined)
-    return joined
+        stream.joined(error, out)
+    return out
 
 
 def sources_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Node]:

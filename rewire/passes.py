@@ -81,9 +81,9 @@ class OutputError:
         self._arrived = -2  # the newest one in which it was the output error
         self._hidden = False
         self._pending = 0
-        self._signals: dict[DirectRule, Tensor] = {}
-        self._whole: dict[DirectRule, Tensor] = {}
-        self.shared: Cache = {}
+        self._signals: dict[DirectRule, Tensor]
+        self._whole: dict[DirectRule, Tensor]
+        self.shared: Cache
 
     def deliver(self, gradient: Tensor) -> bool:
         """Take the gradient at this layer's output; True if it is an output error."""
@@ -260,9 +260,9 @@ def picked(node: Node) -> Pick | None:
 
 def upstream(sources: Iterable[Node], wiring: Wiring) -> list[Call]:
     """All calls of layers of ``wiring`` on the way from the graph's leaves to ``sources``."""
-    found: dict[int, Call] = {}
+    found: dict[Call, None] = {}  # in the order they were met
     seen: set[Node] = set()
-    stack = list(sources)
+    stack = [*sources]
     while stack:
         node: Any = stack.pop()
         if node in seen:
@@ -277,11 +277,10 @@ def upstream(sources: Iterable[Node], wiring: Wiring) -> list[Call]:
         # From here only the inputs matter; how the layer's own weights were made does not.
         if call.state.wiring is not wiring:
             wiring.met(call.state)
-        elif id(call) not in found:
-            found[id(call)] = call
+        elif call not in found:
+            found[call] = None
             if call.own:
-                for feeder in call.feeders:
-                    found[id(feeder)] = feeder
+                found.update(dict.fromkeys(call.feeders))
                 continue
-        stack.extend(call.sources)
-    return list(found.values())
+        stack += call.sources
+    return [*found]

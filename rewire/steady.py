@@ -17,7 +17,7 @@ from rewire.exchange import exchange, exchangeable, swapped
 from rewire.kernels import linear
 from rewire.layers.kinds import BackwardWeight, Forward
 from rewire.local_weights import LocalWeight, local_weight
-from rewire.marks import finish, mark, mark_all, sources_of
+from rewire.marks import finish, joined, mark, mark_all, sources_of
 from rewire.nodes import Node
 from rewire.passes import CALL, Call, OutputError, backward_id
 from rewire.routing import LAYOUTS
@@ -252,7 +252,12 @@ def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward,
     call = Call(state, NONE if node is None else (node,), NONE, [])
     call.mirrored = x, shape, state.rule, B  # type: ignore[assignment]
     y = forward(module, x.detach())
-    return mark(state, call, y, joins=True) if isinstance(y, Tensor) else mark_all(state, call, y, joins=True)
+    if type(y) is not Tensor:
+        return mark(state, call, y, joins=True) if isinstance(y, Tensor) else mark_all(state, call, y, joins=True)
+    y = joined(state, call, y)
+    if y.grad_fn is not None:
+        y.grad_fn.metadata[CALL] = call  # type: ignore[index]
+    return y
 
 
 def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
