@@ -16,6 +16,8 @@ own and no gradient flows from its output to its input. What x gets instead come
 from __future__ import annotations
 
 import sys
+import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from rewire.errors import PassError
+from rewire.errors import PassError, RewireWarning
 from rewire.nodes import Node
 from rewire.passes import CALL, Call, OutputError, backward_id, metadata
 from rewire.picks import Pick
@@ -320,28 +322,45 @@ project: Callable[..., Tensor] = Project.apply
 carry: Callable[..., Tensor] = Carry.apply
 
 
-def _at_output(gradient: Tensor | None) -> None:
-    """Hook of a call's output: looks at the gradient for the call that lies on the node under way."""
+# PyTorch takes the hooks of a tensor to its node, and that need not be the node's own output: handing over those of a
+# tensor that is there already is all there is to do in each call of a hidden layer. ``register_hook`` makes a dict and
+# a handle each time, and with a hook of the call's own, what the output holds would hold the call.
+def _at_hidden(gradient: Tensor | None) -> None:
+    """Hook of the outputs of all hidden layers: the call lies on the node under way."""
     node: Any = _current_node()
-    call: Call | None = None if node is None else node.metadata.get(CALL)
-    if call is None or (call.errors and not call.nested):
+    if node is None:
+        warnings.warn(_COMPILED_BACKWARD, RewireWarning, stacklevel=2)
         return
-    if call.own:
-        _arrived(call.own, gradient)
-    else:
+    call: Call | None = node.metadata.get(CALL)
+    if call is not None and (call.nested or not call.errors):
         _check(call, gradient)
 
 
-# Its hooks are those of all outputs that are looked at. PyTorch keeps a tensor's hooks with its node, and that one line
-# is all there is to do in each call: ``register_hook`` makes a dict and a handle each time, and with a hook of the
-# call's own, what the output holds would hold the call.
-looked_at = torch.empty(0)
-looked_at._backward_hooks = OrderedDict(rewire=_at_output)
+_COMPILED_BACKWARD = (
+    "compiled autograd hides which layer a gradient arrives at: a layer under a direct rule that no output error can "
+    "reach would go unnoticed. Run one step without it, or rewire.verify, to see that there is none"
+)
+_hidden = torch.empty(0)
+_hidden._backward_hooks = OrderedDict(rewire=_at_hidden)
 
 
 def look(node: Node) -> None:
-    """Have :func:`_at_output` look at the gradient of the (first) output of a node, where a call was left."""
-    node._register_hook_dict(looked_at)
+    """Have :func:`check` look at the gradient of the (first) output of a node, where a hidden layer's call was left."""
+    node._register_hook_dict(_hidden)
+
+
+_mine = threading.local()  # of each thread: a tensor that lends hooks to a node
+
+
+def listen(node: Node, errors: Sequence[OutputError]) -> None:
+    """Have the gradient of the (first) output of a node taken for that of an output layer whose error nobody awaits."""
+    try:
+        lender = _mine.lender
+    except AttributeError:
+        lender = _mine.lender = torch.empty(0)
+    lender._backward_hooks = {"rewire": partial(_arrived, errors)}
+    node._register_hook_dict(lender)
+    lender._backward_hooks = None
 
 
 def guard(y: Tensor, node: Node, call: Call) -> None:

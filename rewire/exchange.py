@@ -80,6 +80,7 @@ def exchange_within(
     outputs: list[Tensor],
     inputs: list[Tensor],
     shape: torch.Size,
+    own: Tensor | None,
     others: list[nn.Parameter],
     backward: BackwardWeight,
     transposed: bool = False,
@@ -87,6 +88,8 @@ def exchange_within(
     """:func:`exchange` for a forward of any kind: every operation with a weight of ``shape``.
 
     Args:
+        own: the layer's weight. Where it is used as it is, no other matrix is meant: an adapter's product may have the
+            same shape.
         others: weights that are not meant, though of that shape.
         transposed: as for :func:`exchange`.
 
@@ -97,7 +100,7 @@ def exchange_within(
     seen: set[Node] = set(ends)
     stack = [y.grad_fn for y in outputs]
     pointers = {other.data_ptr() for other in others}
-    count = 0
+    found: list[tuple[Any, bool, bool, bool]] = []  # what is kept, turned, batched, and whether it is ``own``
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -116,10 +119,13 @@ def exchange_within(
                 weight = weight[0]
             turned = turned and not transposed
             if weight.shape == (shape[::-1] if turned else shape):
-                _put(saved, backward, turned, note=True, batched=batched)
-                count += 1
+                found.append((saved, turned, batched, own is not None and weight.data_ptr() == own.data_ptr()))
                 break
-    return count
+    if any(itself for *_, itself in found):
+        found = [place for place in found if place[-1]]
+    for saved, turned, batched, _ in found:
+        _put(saved, backward, turned, note=True, batched=batched)
+    return len(found)
 
 
 class Exchange:

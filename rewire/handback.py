@@ -107,12 +107,14 @@ def project(
     if last is not None and last[0] == key:
         _, route, feedback = last
     else:
+        made = state.made
         route, feedback = find(state, rule, error, index, shape, signal.shape, dtype, device)
         if type(feedback) is Tensor and feedback.is_contiguous():  # so that it is a view, and sees B change
             feedback = feedback.flatten(1)
-        state.last = key, route, feedback
+        current = state.made is made  # another thread may have taken in a measured scale meanwhile
+        state.last = (key, route, feedback) if current else None
         state.mirror, state.repeats = None, route.repeats
-        if (route.plain or route.repeats) and len(state.wiring.outputs) == 1 and type(feedback) is Tensor:
+        if current and (route.plain or route.repeats) and len(state.wiring.outputs) == 1 and type(feedback) is Tensor:
             state.mirror = feedback
             wiring, columns = state.wiring, feedback.shape[1]
             wiring.held += columns - state.held

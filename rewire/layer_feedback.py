@@ -80,9 +80,10 @@ def made_for(
     """
     dtype, device = like or state.kept_as.get((output, index), (torch.float32, torch.device("cpu")))
     key = (state.structures[output, index], output, index, shape, dtype, device)
-    if key not in state.made:
-        state.made[key] = B_of(state, *key)
-    return state.made[key]
+    made = state.made  # as in rewire.ways
+    if key not in made:
+        made[key] = B_of(state, *key)
+    return made[key]
 
 
 def held_B(state: LayerState, output: str, index: int) -> Tensor:

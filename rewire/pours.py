@@ -67,7 +67,7 @@ def _same(one: Pick | None, other: Pick | None) -> bool:
 
 
 def _made(node: Any) -> Pick | None:
-    """Where each row of what a node adds goes, if there are fewer rows, or more, in what it is added to."""
+    """Where each row of what a node adds goes."""
     name = node.name()
     if not name.startswith(_POURS):
         return None
@@ -86,4 +86,4 @@ def _made(node: Any) -> Pick | None:
         if not torch.equal(index, index[:, :1].expand_as(index)):
             return None
         index = index[:, 0]
-    return Pick(shape[:1], index % shape[0]) if index.dim() == 1 and len(index) != shape[0] else None
+    return Pick(shape[:1], index % shape[0]) if index.dim() == 1 else None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rewire.edges import Wall, port, probe, wall_at
+from rewire.errors import PassError
 from rewire.layers.kinds import Forward, Kind
 from rewire.learning import look
 from rewire.local_weights import local_weight
@@ -176,6 +177,7 @@ def _direct(
     index: int,
 ) -> Any:
     """The operation on inputs cut from the graph, and a port (or, before all is known, a probe) for each."""
+    _refuse_nested(state, args)
     errors: list[OutputError] = []
     if not state.settled:
         state.wiring.note_ranks(module)
@@ -208,6 +210,16 @@ def _direct(
             ports += 1
     args, kwargs = tree_unflatten(leaves, spec)
     return finish(state, forward(module, *args, **kwargs), sources, tickets, errors, ports)
+
+
+def _refuse_nested(state: LayerState, args: tuple[Any, ...]) -> None:
+    if any(isinstance(x, Tensor) and x.is_nested for x in args):
+        name = state.name
+        raise PassError(
+            f"layer {state.label}: its input is a nested tensor, whose samples have shapes of their own, and an output "
+            "error is fed back by shape: give the model padded batches, or use a local rule here, "
+            f"layers={{{name!r}: 'fa'}}"
+        )
 
 
 def _wall(state: LayerState, rule: DirectRule, x: Tensor) -> Wall | None:

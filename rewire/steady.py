@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewire.edges import READ_REPEATED, alias, guard, look, port
+from rewire.edges import READ_REPEATED, alias, guard, listen, look, port
 from rewire.exchange import exchange, exchangeable, swapped
 from rewire.kernels import linear
 from rewire.layers.kinds import BackwardWeight, Forward
@@ -36,7 +36,7 @@ NONE: tuple[Any, ...] = ()
 _VIEWED = 2**16  # numbers that an output may have whose view is left as it is: see _small
 
 
-def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+def steady_direct(state: LayerState, module: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any:
     """:func:`run` for nearly every call there is: a settled hidden layer under a direct rule, with one input.
 
     Written out in one place because every Python function more is felt in small layers, and more so when the
@@ -46,9 +46,9 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
     if wiring.unsettled or _transforming():
         return run(state, module, forward, (x,), {})
     if not x.requires_grad:  # there is nothing to hand back to: the first layer of a network
-        y = forward(module, x)
+        y = fast(module, x)
         if type(y) is not Tensor or not y.requires_grad or state.idle or y._is_view():
-            return _first(state, forward, y)
+            return _first(state, fast, y)
         y.grad_fn.metadata[CALL] = Call(state, NONE, NONE, [])  # type: ignore[union-attr, index]
         return y
     if not state.settled:
@@ -72,14 +72,14 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, x: Ten
         call.mirrored = x, shape, state.rule, B  # type: ignore[assignment]
     else:
         _ask(call, x, 0)
-    y = forward(module, x.detach())
+    y = fast(module, x.detach())
     if type(y) is not Tensor or not y.requires_grad:
         if not call.tickets and not (isinstance(y, Tensor) and y.requires_grad):
             call.mirrored = None
             _ask(call, x, 0)  # a frozen layer: something has to tie y to the graph
         return mark(state, call, y, joins=False) if isinstance(y, Tensor) else mark_all(state, call, y, joins=False)
     if y._is_view():
-        if not _small(y, forward):
+        if not _small(y, fast):
             return mark(state, call, y, joins=False)
         guard(*_leave(y, call), call)
         return y
@@ -116,12 +116,12 @@ def _repeats(shape: torch.Size, node: Node | None) -> bool:
     )
 
 
-def _small(y: Tensor, forward: Forward) -> bool:
+def _small(y: Tensor, fast: Forward) -> bool:
     """Whether a view of what a linear layer made may stay one.
 
     An alias in its place costs microseconds, but in-place operations on a view cost more than on other tensors.
     """
-    return forward is linear and y.numel() <= _VIEWED
+    return fast is linear and y.numel() <= _VIEWED
 
 
 def _leave(y: Tensor, call: Call) -> tuple[Tensor, Node]:
@@ -177,19 +177,19 @@ def steady_projection(
     return y
 
 
-def _first(state: LayerState, forward: Forward, y: Any) -> Any:
+def _first(state: LayerState, fast: Forward, y: Any) -> Any:
     """What is left to do about the output y of a layer whose input needs no gradient, where something is special."""
     if type(y) is not Tensor or not y.requires_grad:
         return idle(state, y)
     if state.idle:
         state.wake()
-    if y._is_view() and not _small(y, forward):
+    if y._is_view() and not _small(y, fast):
         return finish(state, y, NONE, NONE, [], 0)
     _leave(y, Call(state, NONE, NONE, []))
     return y
 
 
-def steady_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+def steady_local(state: LayerState, module: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any:
     """:func:`run` for a hidden layer under a local rule whose operation's weight can be exchanged."""
     if state.wiring.unsettled or not exchangeable():
         return run(state, module, forward, (x,), {})
@@ -241,7 +241,7 @@ def _weight_of(state: LayerState) -> BackwardWeight:
     return made if type(made) is LocalWeight and made.rule is rule and not rule.redraw else local_weight(state, rule)
 
 
-def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any:
     """:func:`run` for an output layer under a direct rule: its join hands back to its own input as well."""
     B, shape = state.mirror, x.shape
     fits = B is not None and x.dtype is B.dtype and len(shape) == 2 and x.device == B.device and not _autocast()
@@ -251,7 +251,7 @@ def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward,
     node = x.grad_fn
     call = Call(state, NONE if node is None else (node,), NONE, [])
     call.mirrored = x, shape, state.rule, B  # type: ignore[assignment]
-    y = forward(module, x.detach())
+    y = fast(module, x.detach())
     if type(y) is not Tensor:
         return mark(state, call, y, joins=True) if isinstance(y, Tensor) else mark_all(state, call, y, joins=True)
     y = joined(state, call, y)
@@ -260,7 +260,7 @@ def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward,
     return y
 
 
-def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, x: Tensor) -> Any:
+def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, fast: Forward, x: Tensor) -> Any:
     """:func:`run` for the only output layer of a network without direct rules.
 
     Nobody waits for e, so nothing needs to be joined: that e is seen when it arrives is enough. With a second call
@@ -287,11 +287,12 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
     call.own = (error,)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]
-    look(made)  # type: ignore[arg-type]
+    listen(made, call.own)  # type: ignore[arg-type]
     return y
 
 
-Steady = Callable[[LayerState, nn.Module, Forward, Tensor], Any]
+# (layer, module, its own forward, one that is faster where the input needs no gradient or the same, x)
+Steady = Callable[[LayerState, nn.Module, Forward, Forward, Tensor], Any]
 
 
 # By LayerState.steady.
@@ -301,5 +302,3 @@ STEADY: dict[str, Steady] = {
     "output-direct": steady_output_direct,
     "output-local": steady_output_local,
 }
-# Those that run the layer on an input which needs no gradient.
-CUT = ("direct", "output-direct")

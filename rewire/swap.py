@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rewire import buffers, hosts, kernels, learned, traced, traced_attention
 from rewire.run import run
 from rewire.state import LayerState
-from rewire.steady import CUT, STEADY
+from rewire.steady import STEADY
 
 # Looked up once: these run in every call of every layer.
 _grad_enabled = torch.is_grad_enabled
@@ -65,7 +65,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
     traced.register()
     hosts.register()
     parent: Any = base
-    faster = kernels.forward_for(base)
+    fast = kernels.forward_for(base)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not _grad_enabled():
@@ -85,8 +85,7 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
             return _outside_of_compile(state, self, parent.forward, args, kwargs)
         steady = state.steady
         if steady and len(args) == 1 and not kwargs:
-            own = parent.forward if faster is None or steady not in CUT else faster
-            return STEADY[steady](state, self, own, args[0])
+            return STEADY[steady](state, self, parent.forward, fast or parent.forward, args[0])
         return run(state, self, parent.forward, args, kwargs)
 
     traced.never_alone(forward)

@@ -41,9 +41,10 @@ def find(
     """
     structure = state.structure(rule)
     key = (error.state.name, index, shape, e_shape, dtype, device, rule.layout, state.order, structure, state.stacked)
-    found = state.routes.get(key)
+    routes = state.routes  # as ``made`` in _route
+    found = routes.get(key)
     if found is None:
-        found = state.routes[key] = _route(state, rule, structure, error, index, shape, e_shape, dtype, device)
+        found = routes[key] = _route(state, rule, structure, error, index, shape, e_shape, dtype, device)
     route, feedback, needed = found
     if state.learns and (error.state.name, index) not in state.shapes:
         _alike(state, rule, index, error.state.label, needed)
@@ -123,9 +124,10 @@ def _route(
     needed = route.feedback_shape
     # All shapes of x that need the same B share it: a short last batch, another sequence length.
     key = (structure, error.state.name, index, needed, dtype, device)
-    feedback = state.made.get(key)
+    made = state.made  # of the scale as it is: another thread may take in a measured one, and begin anew
+    feedback = made.get(key)
     if feedback is None:
-        feedback = state.made[key] = B_of(state, *key)
+        feedback = made[key] = B_of(state, *key)
     if isinstance(feedback, Feedback) and feedback.width != needed[0]:
         route = plan(state, rule, error, shape, heard(feedback, e_shape, error.axis), structure.routing)
     return route, feedback, needed

@@ -134,7 +134,8 @@ class Wiring:
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {
+        fresh: dict[str, Any] = {
+            "_counts": None,
             "errors": {},
             "unnamed": [],
             "common": {},
@@ -146,6 +147,7 @@ class Wiring:
         return {**self.__dict__, **fresh, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._counts = None  # in files of older versions there is none
         self.__dict__.update(state)
         self._register()
 

@@ -1517,3 +1517,61 @@ def test_the_tolerance_of_these_tests_is_tight():
         if name != "x":
             with pytest.raises(AssertionError, match="off by"):
                 check(model, {**wanted, name: wanted[name] * (1 + 1e-6)})
+
+
+def test_an_output_that_goes_in_once_more():
+    """A cycle loss: e is the gradient at the first call's output, under a local rule too."""
+    model = converted("fa", widths=(6, 7, 6))
+    x = randn(4, 6)
+    for _ in range(3):
+        a = model(x)
+        a.retain_grad()
+        b = model(a).detach()
+        (a - b).pow(2).sum().backward()
+        same(rewire.output_error(model), a.grad)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_compiled_autograd(rule):
+    """Its backward runs no graph nodes, of which hooks could ask where they are."""
+    from torch._dynamo import compiled_autograd
+
+    model = ready(rule, later=True)
+    LOSS(model(X)).backward()
+    wanted, e = gradients(model), rewire.output_error(model)
+    model.zero_grad()
+    loss = LOSS(model(X))
+    saying = (
+        pytest.warns(rewire.RewireWarning, match="compiled autograd") if rule == "dfa" else contextlib.nullcontext()
+    )
+    with compiled_autograd._enable(lambda graph: graph), saying:
+        loss.backward()
+    check(model, wanted)
+    same(rewire.output_error(model), e)
+
+
+def test_a_nested_tensor_is_refused():
+    model = rewire.convert(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), "dfa", scale=SCALE)
+    ragged = torch.nested.nested_tensor([torch.randn(k, 6) for k in (2, 3)], layout=torch.jagged)
+    with pytest.raises(rewire.PassError, match="layer '0': its input is a nested tensor"):
+        model(ragged)
+
+
+def test_a_scale_taken_in_while_another_thread_makes_feedback(monkeypatch):
+    """What was made of the scale before does not outlive it."""
+    from rewire import scale, ways
+
+    model = converted("dfa", scale="auto")
+    plain = ways.B_of
+
+    def meanwhile(state, *key):
+        made = plain(state, *key)
+        if state.scale is None:
+            scale.set_scale(state, 0.01, "measured")
+        return made
+
+    monkeypatch.setattr(ways, "B_of", meanwhile)
+    for _ in range(3):
+        LOSS(model(X)).backward()
+    for name, B in rewire.feedback(model).items():
+        assert B.std() < 0.05, name

@@ -85,6 +85,7 @@ class Samples:
             coarse: these went through numbers of two bytes.
         """
         verdicts: list[bool] = []
+        sure = False
         for shown in self.factors.get(place, []):
             if shown.dim not in fed_weighted or not bool(shown.clear.any()):
                 continue
@@ -97,7 +98,9 @@ class Samples:
                 continue  # a number is a multiple of any other: one that happens to fit shows nothing
             rows = shown.clear & single & _alive(_squares(_rows(fed, axis)))
             verdicts.append(bool((rows & others).any()))
-        return bool(verdicts) and all(verdicts)
+            # Grids of other sizes are made to fit: then rows get a mean of what several positions would get.
+            sure |= verdicts[-1] and len(self.known[shown.dim]) in place.x.shape
+        return sure or (bool(verdicts) and all(verdicts))
 
 
 _TOLERANCE = 1e-2  # of a factor; neighbours in a small batch are further apart than that

@@ -55,7 +55,7 @@ class OwnForward(Kind):
             outputs = [t for t in tree_flatten(y)[0] if isinstance(t, Tensor) and t.requires_grad]
             if not inputs:
                 return y
-            count = exchange_within(outputs, inputs, shape, others, backward, self.base.transposed)
+            count = exchange_within(outputs, inputs, shape, own, others, backward, self.base.transposed)
         if not count:
             raise PassError(
                 f"the forward of {type(module).__name__} never used a weight of shape "

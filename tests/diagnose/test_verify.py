@@ -550,3 +550,32 @@ def test_walls_right_behind_a_layer(between, options):
         model(x).square().sum().backward()
     verified = rewire.verify(model, x, lambda out: out.square().sum())
     assert verified.ok, str(verified)
+
+
+class Reordered(nn.Module):
+    """Tokens one by one; those in the middle in another order."""
+
+    def __init__(self, there, back):
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.there, self.back = there, back
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(self.back(torch.tanh(self.inner(self.there(h)))))
+
+
+ORDERS = {
+    "as it was": (lambda h: h, lambda h: h, True),
+    "flipped": (lambda h: h.flip(1), lambda h: h.flip(1), False),
+    "rolled": (lambda h: h.roll(2, 1), lambda h: h.roll(-2, 1), False),
+    "picked": (lambda h: h[:, [2, 0, 1, 6, 5, 3, 4]], lambda h: h[:, [1, 2, 0, 5, 6, 4, 3]], False),
+}
+
+
+@pytest.mark.parametrize("there, back, ok", ORDERS.values(), ids=ORDERS.keys())
+def test_positions_that_get_the_errors_of_others(there, back, ok):
+    model = made(lambda: Reordered(there, back))
+    result = rewire.verify(model, torch.randn(3, 7, 5, dtype=torch.float64), lambda out: out.square().mean())
+    assert result.ok == ok
+    assert [layer.name for layer in result.layers if layer.status == "wrong"] == [] if ok else ["inner"]

@@ -51,8 +51,15 @@ def every_call(monkeypatch, function):
     monkeypatch.setattr(swap, "run", lambda *call: function(plain, *call))
     for name, short in steady.STEADY.items():
 
-        def watched(state, module, forward, x, short=short):
-            return function(lambda s, m, f, args, kwargs: short(s, m, f, args[0]), state, module, forward, (x,), {})
+        def watched(state, module, forward, fast, x, short=short):
+            return function(
+                lambda s, m, f, args, kwargs: short(s, m, f, fast if f is forward else f, args[0]),
+                state,
+                module,
+                forward,
+                (x,),
+                {},
+            )
 
         monkeypatch.setitem(steady.STEADY, name, watched)
 

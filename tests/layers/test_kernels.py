@@ -225,3 +225,45 @@ def test_breaking_it_is_found(make, space, expected, monkeypatch):
     monkeypatch.setattr(kernels, "choose", lambda module, x: wrong if plain(module, x) is expected else None)
     with pytest.raises(AssertionError):
         against_loops(make, space)
+
+
+@pytest.mark.parametrize("scale", ["auto", 0.3])
+def test_an_input_that_comes_to_need_a_gradient(scale):
+    """Thawed layers below, or a generator in front of a discriminator: what is fed back has to arrive there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh(), nn.Conv2d(4, 6, 1), nn.Tanh(), nn.Flatten(), nn.Linear(96, 3))
+    model = rewire.convert(model, "dfa", scale=scale)
+    x, y = torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 2, 1])
+    model[0].requires_grad_(False)
+    for _ in range(3):
+        nn.functional.cross_entropy(model(x), y).backward()
+    model.requires_grad_(True)
+    for _ in range(3):
+        model.zero_grad()
+        h = torch.tanh(model[0](x)).detach()
+        nn.functional.cross_entropy(model(x), y).backward()
+    e, B = rewire.output_error(model), rewire.feedback(model)["2"]
+    fed = torch.einsum("nk,k...->n...", e, B.reshape(3, 4, 4, 4)) * (1 - h**2)
+    torch.testing.assert_close(
+        model[0].weight.grad[:, :, 0, 0], torch.einsum("nohw,nihw->oi", fed, x), rtol=1e-4, atol=1e-6
+    )
+    x.requires_grad_()
+    for _ in range(3):
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert x.grad is not None and x.grad.any()
+
+
+def test_transforms_of_a_settled_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh(), nn.Flatten(), nn.Linear(96, 3))
+    model = rewire.convert(model, "dfa", scale=0.3)
+    x, y = torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 2, 1])
+    for _ in range(3):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+    params = dict(model.named_parameters())
+    found = torch.func.grad(lambda p: nn.functional.cross_entropy(torch.func.functional_call(model, p, (x,)), y))(
+        params
+    )
+    for name, p in params.items():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)

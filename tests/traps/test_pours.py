@@ -136,3 +136,29 @@ def test_refused_where_the_index_is_not_followed():
     one_pass(model, X, loss)
     with pytest.raises(rewire.PassError, match="added up by one"):
         rewire.backward_streamed(model, X, loss)
+
+
+class Shuffled(nn.Module):
+    """As many rows below as above, and every row goes to another one."""
+
+    def __init__(self, put):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.put = put
+
+    def forward(self, x):
+        h = torch.tanh(self.b(torch.tanh(self.a(x))))
+        return self.head(torch.tanh(self.put(torch.zeros_like(h), torch.tensor([2, 2, 0, 1, 7, 3, 5, 4]), h)))
+
+
+PUTS = {
+    "index_add": lambda z, to, h: z.index_add(0, to, h),
+    "index_put": lambda z, to, h: z.index_put((to,), h, accumulate=True),
+    "scatter_add": lambda z, to, h: z.scatter_add(0, to[:, None].expand_as(h), h),
+}
+
+
+@pytest.mark.parametrize("put", PUTS.values(), ids=PUTS.keys())
+def test_as_many_rows_as_before(put):
+    eight = labels(8)
+    check(lambda: Shuffled(put), X, lambda out: F.cross_entropy(out, eight), "dfa", outputs=["head"])
