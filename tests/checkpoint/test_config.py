@@ -434,3 +434,14 @@ def test_an_unknown_rule_or_function_is_refused():
     refused(net(), {**found, "derivative": {"1": "nowhere:f"}}, "nowhere:f")
     refused(net(), {**found, "derivative": {"9": "torch:cos"}}, "no module '9'")
     refused(net(), {**found, "derivative": {"0": "torch:cos"}}, "'0' is a layer itself")
+
+
+def test_a_file_of_a_version_that_looked_everything_up_each_time():
+    """Models are pickled whole, in checkpoints of runs too."""
+    model = rewire.convert(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa")
+    wiring = model[0]._rewire.wiring
+    state = wiring.__getstate__()
+    del state["_counts"]
+    restored = type(wiring).__new__(type(wiring))
+    restored.__setstate__(state)
+    assert restored.counts is False

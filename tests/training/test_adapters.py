@@ -526,3 +526,65 @@ def test_a_frozen_layer_that_is_given_a_weight_trains_that(rule):
             LOSS(thawed(X)).backward()
         same(given["0.weight"].grad, thawed[0].weight.grad)
         assert F.linear(X, given["0.weight"]).requires_grad
+
+
+class AdaptedLinear(nn.Linear):
+    """A wrapper that is a linear layer by its class, and has no weight of its own."""
+
+    def __init__(self, inner, rank=2):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self.inner = inner.requires_grad_(False)
+        self.down = nn.Linear(inner.in_features, rank, bias=False).double()
+        self.up = nn.Linear(rank, inner.out_features, bias=False).double()
+
+    weight = Adapted.weight
+    bias = Adapted.bias
+    forward = Adapted.forward
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_a_wrapper_that_is_a_linear_layer_is_one_layer(rule):
+    model = mlp(WIDTHS)
+    model[2] = AdaptedLinear(model[2])
+    rewire.convert(model, rule, scale=SCALE)
+    for _ in range(3):
+        LOSS(model(X)).backward()
+    result = rewire.verify(model, X, LOSS)
+    assert result.ok, str(result)
+    assert [layer.name for layer in result.layers] == ["0", "2", "4", "6"]
+
+
+class Turning(nn.Module):
+    """Two products in a row: of a matrix that is made anew each time, and of the wrapped layer's weight."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner.requires_grad_(False)
+        self.low = nn.Parameter(randn(2, 6, seed=30))
+        self.register_buffer("rest", randn(4, 6, seed=31))
+
+    weight = Adapted.weight
+    bias = Adapted.bias
+
+    def forward(self, x):
+        return F.linear(F.linear(x, torch.cat([self.low, self.rest])), self.inner.weight, self.inner.bias)
+
+
+def test_an_adapters_matrix_of_the_layers_shape_is_not_the_layers_weight():
+    """What the weight's operation hands back is B's; from there on all is exact."""
+    model = mlp(WIDTHS)
+    model[4] = Turning(model[4])
+    rewire.convert(model, "fa", scale=SCALE)
+    seen = {}
+
+    def note(module, args, y):
+        seen["x"] = args[0]
+        args[0].retain_grad()
+        y.register_hook(lambda g: seen.update(delta=g))
+
+    model[4].register_forward_hook(note)
+    LOSS(model(X)).backward()
+    fed = seen["delta"] @ rewire.feedback(model)["4"]
+    same(model[4].low.grad, (fed.t() @ seen["x"])[:2])
+    same(seen["x"].grad, fed @ torch.cat([model[4].low, model[4].rest]))
