@@ -7,7 +7,7 @@ one to go on from, and going on gives the same numbers to the last bit as never 
 
 from __future__ import annotations
 
-import pickle
+import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from rewire.errors import RewireWarning
 
 from . import files
+from .cell import Cell
 
 NAME = "checkpoint.pt"
 
@@ -28,12 +29,14 @@ def save(path: Path, state: Mapping[str, Any]) -> bool:
     Raises:
         StorageError: the disk does not take it.
     """
+    # Into memory first: what goes wrong there is the model's doing, and what goes wrong afterwards the disk's.
+    pickled = io.BytesIO()
     try:
-        files.replace(path, lambda file: torch.save(dict(state), file))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        path.with_name(f".{path.name}.new").unlink(missing_ok=True)
+        torch.save(dict(state), pickled)
+    except Exception as error:  # a model may refuse in any way; parametrized ones raise a RuntimeError
         warnings.warn(f"no checkpoints of a model that cannot be pickled: {error}", RewireWarning, stacklevel=2)
         return False
+    files.replace(path, lambda file: file.write(pickled.getbuffer()))
     return True
 
 
@@ -54,3 +57,8 @@ def load(path: Path) -> dict[str, Any] | None:
         )
         return None
     return state
+
+
+def is_of(config: Mapping[str, Any], cell: Cell) -> bool:
+    """Whether ``config``, as a checkpoint has it, is that of ``cell``, wherever the data lay and lie."""
+    return {**config, "data_dir": None} == {**cell.config(), "data_dir": None}

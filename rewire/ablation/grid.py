@@ -148,14 +148,31 @@ def read(given: Mapping[str, Any], where: str = "the grid") -> Grid:
     if "seeds" in values:
         values["seeds"] = _seeds(where, values["seeds"])
     if "batch_size" in values:
-        values["batch_size"] = tuple(_number(where, "batch_size", size) for size in _listed(values["batch_size"]))
+        values["batch_size"] = tuple(
+            _number(where, "batch_size", n) for n in _axis(where, "batch_size", values["batch_size"])
+        )
     if "scale" in values:
-        values["scale"] = tuple(_scale(where, scale) for scale in _listed(values["scale"]))
+        values["scale"] = tuple(_scale(where, scale) for scale in _axis(where, "scale", values["scale"]))
     if "layers" in values:
         values["layers"] = tuple(_assignment(where, each) for each in _listed(values["layers"])) or ((),)
     if "blocks" in values:
         values["blocks"] = _blocks(where, values["blocks"])
     return Grid(optimizers=optimizers, **values)
+
+
+def named(text: str) -> list[str]:
+    """The names in ``text``, apart by spaces or commas. Quotes keep one with spaces together, and a ``.npz`` file
+    that is there is one name.
+
+    Raises:
+        InputError: a parenthesis or quote is not closed.
+    """
+    return [text] if text.endswith(".npz") and Path(text).is_file() else [_unquoted(word) for word in words([text])]
+
+
+def _unquoted(word: str) -> str:
+    inner = word[1:-1]
+    return inner if word[:1] in ('"', "'") and word == f"{word[0]}{inner}{word[0]}" else word
 
 
 def from_toml(path: Path) -> dict[str, Any]:
@@ -184,15 +201,19 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _names(where: str, key: str, value: Any) -> tuple[str, ...]:
+def _axis(where: str, key: str, value: Any) -> list[Any]:
     items = _listed(value)
+    if not items:
+        raise InputError(f"{where}: {key} is empty")
+    return items
+
+
+def _names(where: str, key: str, value: Any) -> tuple[str, ...]:
+    items = _axis(where, key, named(value) if isinstance(value, str) else value)
     for item in items:
         if not isinstance(item, str):
             raise InputError(f"{where}: {key} takes names, not {item!r}")
-    found = tuple(dict.fromkeys(words(items)))
-    if not found:
-        raise InputError(f"{where}: {key} is empty")
-    return found
+    return tuple(dict.fromkeys(items))
 
 
 def _number(where: str, key: str, value: Any) -> int:
@@ -215,10 +236,7 @@ def _seeds(where: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         positive("seeds", _number(where, "seeds", value))
         return tuple(range(value))
-    found = tuple(dict.fromkeys(_number(where, "seeds", seed) for seed in value))
-    if not found:
-        raise InputError(f"{where}: seeds is empty")
-    return found
+    return tuple(dict.fromkeys(_number(where, "seeds", seed) for seed in _axis(where, "seeds", value)))
 
 
 def _assignment(where: str, value: Any) -> tuple[tuple[str, str], ...]:
@@ -242,16 +260,18 @@ def _optimizers(values: dict[str, Any], where: str) -> tuple[tuple[tuple[str, An
     flat: dict[str, list[Any]] = {}
     for key in _OPTIMIZER[1:]:
         if key in values:
-            given = _listed(values.pop(key))
-            flat[key] = list(_names(where, key, given)) if key == "schedule" else [_float(where, key, v) for v in given]
+            flat[key] = _settings(where, key, values.pop(key))
     found: list[tuple[tuple[str, Any], ...]] = []
-    for item in _listed(values.pop("optimizers", "adam")):
-        tables = [{"name": name} for name in words([item])] if isinstance(item, str) else [item]
-        for table in tables:
-            found += _optimizer(table, flat, where)
-    if not found:
-        raise InputError(f"{where}: optimizers is empty")
+    given = values.pop("optimizers", "adam")
+    for item in _axis(where, "optimizers", named(given) if isinstance(given, str) else given):
+        found += _optimizer({"name": item} if isinstance(item, str) else item, flat, where)
     return tuple(dict.fromkeys(found))
+
+
+def _settings(where: str, key: str, value: Any) -> list[Any]:
+    if key == "schedule":
+        return list(_names(where, key, value))
+    return [_float(where, key, each) for each in _axis(where, key, value)]
 
 
 def _optimizer(table: Any, flat: Mapping[str, Sequence[Any]], where: str) -> list[tuple[tuple[str, Any], ...]]:
@@ -264,6 +284,5 @@ def _optimizer(table: Any, flat: Mapping[str, Sequence[Any]], where: str) -> lis
     defaults: dict[str, Any] = {"lr": LR[name], "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
     axes: list[list[Any]] = []
     for key, default in defaults.items():
-        given = _listed(table[key]) if key in table else flat.get(key, [default])
-        axes.append([v if key == "schedule" else _float(where, key, v) for v in given])
+        axes.append(_settings(where, key, table[key]) if key in table else list(flat.get(key, [default])))
     return [(("name", name), *zip(defaults, each, strict=True)) for each in itertools.product(*axes)]

@@ -71,7 +71,7 @@ def tensors(where: str, arrays: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tens
                 f"{where}: y_{half} has shape {tuple(y.shape)} and type {str(y.dtype).removeprefix('torch.')}, not "
                 f"whole numbers of shape ({len(x)},)"
             )
-        if int(y.min()) < 0:
+        if int(y.long().min()) < 0:  # torch has no minimum of some unsigned types
             raise InputError(f"{where}: y_{half} has a label below zero")
         if x.is_floating_point() and not bool(x.isfinite().all()):
             raise InputError(f"{where}: x_{half} has numbers that are not finite")

@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from .cell import Cell, Result
 
 METRICS = ("accuracy", "error")
 LARGE = 1e4  # larger losses are written with an exponent
+_OF_FEEDBACK = ("feedback", "skip", "scale")
 _OWN_COLUMN = ("model", "rule", "seed", "data_dir", "alignments")
 
 
@@ -41,10 +43,10 @@ class Row:
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """``results`` grouped by everything but the seed, in the order they first appear."""
-    groups: dict[Cell, list[Result]] = {}
+    """``results`` grouped by everything but the seed and where the data lie, in the order they first appear."""
+    groups: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(replace(result.cell, seed=0), []).append(result)
+        groups.setdefault(replace(result.cell, seed=0).id, []).append(result)
     return [_row(group) for group in groups.values()]
 
 
@@ -72,11 +74,8 @@ def table(results: Sequence[Result], metric: str = "accuracy") -> Table:
     """
     found = rows(results)
     varying = [
-        field.name
-        for field in fields(Cell)
-        if field.name not in _OWN_COLUMN and len({getattr(r.cell, field.name) for r in found if not r.cell.plain}) > 1
+        field.name for field in fields(Cell) if field.name not in _OWN_COLUMN and len(_values(found, field.name)) > 1
     ]
-    # Plain backprop has no feedback, so only what it shares with the others can differ there.
     aligned = any(row.gammas or row.flags for row in found)
     out = Table()
     for name in ("model", "rule", *varying):
@@ -91,9 +90,10 @@ def table(results: Sequence[Result], metric: str = "accuracy") -> Table:
             out.add_section()
         shown = [100 * (value if metric == "accuracy" else 1 - value) for value in row.accuracies]
         out.add_row(
-            "" if row.cell.model == previous else row.cell.model,
-            row.cell.rule,
-            *(_setting(getattr(row.cell, name)) for name in varying),
+            # Names are not ours: brackets in them are no marks of rich's.
+            Text("" if row.cell.model == previous else row.cell.model),
+            Text(row.cell.rule),
+            *(Text(_setting(getattr(row.cell, name))) for name in varying),
             spread(shown, 2),
             *([spread(row.gammas, 2) + (" !" if row.flags else "")] if aligned else []),
             "–" if row.step_ratio is None else f"{row.step_ratio:.2f}",
@@ -101,6 +101,11 @@ def table(results: Sequence[Result], metric: str = "accuracy") -> Table:
         )
         previous = row.cell.model
     return out
+
+
+def _values(found: Sequence[Row], name: str) -> set[Any]:
+    """What ``name`` is in the rows where it means anything: plain backprop has no feedback."""
+    return {getattr(row.cell, name) for row in found if not (row.cell.plain and name in _OF_FEEDBACK)}
 
 
 def _ended(row: Row) -> str:

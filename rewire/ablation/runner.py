@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -103,12 +104,12 @@ def run_grid(run: RunFolder, console: Console, how: How | None = None) -> list[R
                 continue
             for note in outcome.notes:
                 if note not in notes:
-                    console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+                    console.print(f"[yellow]note[/yellow] {escape(note)}", highlight=False, emoji=False)
             notes.update(outcome.notes)
             for result in outcome.results:
                 run.append(result)
                 finished[result.cell.id] = result.cell.epochs
-                console.print(_line(result, len(run.results), len(every)), highlight=False)
+                console.print(_line(result, len(run.results), len(every)), highlight=False, emoji=False)
             bar.update(task, completed=sum(finished.values()))
     order = {cell.id: number for number, cell in enumerate(every)}
     return sorted((r for r in run.results if r.cell.id in order), key=lambda result: order[result.cell.id])
@@ -153,10 +154,11 @@ def _one_per_seed(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def _line(result: Result, done: int, total: int) -> str:
+    """One line with marks of rich's; names and errors are not ours, and brackets in them are no marks."""
     cell = result.cell
-    start = f"[dim]{done:>{len(str(total))}}/{total}[/dim]  {cell.label:<22}  "
+    start = f"[dim]{done:>{len(str(total))}}/{total}[/dim]  {escape(f'{cell.label:<22}')}  "
     if result.status == "failed":
-        return f"{start}[red]failed[/red]  {result.error}"
+        return f"{start}[red]failed[/red]  {escape(str(result.error))}"
     assert result.accuracy is not None and result.final_loss is not None
     gamma = "" if result.gamma is None else f"  Γ {result.gamma:.2f}"
     loss = spread([result.final_loss], 4)

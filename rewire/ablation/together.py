@@ -16,7 +16,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import rewire
 from rewire.errors import ConversionError
 from rewire.stacked import Stack
 
-from . import checkpoint, random_state
+from . import checkpoint, models, random_state
 from .cell import Cell, Result
 from .data import Dataset, load
 from .memory import peak_mb, reset_peak
@@ -93,8 +93,9 @@ class _Together:
         self.cells, self.data, self.folders, self.every = cells, data, folders, every
         self.orders = [torch.Generator().manual_seed(cell.seed) for cell in cells]
         self.path = None if folders[0] is None else folders[0] / NAME
+        models.check(cells[0].model)  # imports it, as a fresh worker has not and a pickle cannot by itself
         kept = None if self.path is None else checkpoint.load(self.path)
-        if kept is not None and kept["cells"] != [cell.config() for cell in cells]:
+        if kept is not None and not _are_of(kept["cells"], cells):
             kept = None
         if kept is None:
             self.nets = [_converted(cell, data) for cell in cells]
@@ -312,6 +313,10 @@ class _Together:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "random": random_state.state(),
         }
+
+
+def _are_of(configs: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> bool:
+    return len(configs) == len(cells) and all(map(checkpoint.is_of, configs, cells))
 
 
 def _converted(cell: Cell, data: Dataset) -> Net:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, random_state
+from . import checkpoint, models, random_state
 from .cell import Cell, Result
 from .data import Dataset, load
 from .memory import peak_mb, reset_peak
@@ -63,8 +63,10 @@ class _Run:
         self.cell, self.data, self.listener, self.every = cell, data, listener or Listener(), every
         self.path = None if folder is None else folder / checkpoint.NAME
         self.order = torch.Generator().manual_seed(cell.seed)
+        # A fresh worker has not imported a model of the current directory yet, and a pickle cannot by itself.
+        models.check(cell.model)
         kept = None if self.path is None else checkpoint.load(self.path)
-        if kept is None or kept["cell"] != cell.config():
+        if kept is None or not checkpoint.is_of(kept["cell"], cell):
             self.trainer = make_trainer(cell, data)
             self.progress = Progress(self.order.get_state())
         else:

@@ -5,10 +5,9 @@ Whatever goes wrong with a cell becomes its result; only a disk that takes no mo
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -95,7 +94,7 @@ def _done(unit: Unit, notes: list[str], listener: Listener | None) -> list[Resul
             notes.append(f"{unit.cells[0].model} under {unit.cells[0].rule} is trained one seed by one: {error}")
         except files.StorageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             notes.append(f"{unit.label} failed together ({_said(error)}), so the seeds are trained one by one")
     return [_one(unit, cell, listener) for cell in unit.cells]
 
@@ -105,11 +104,11 @@ def _one(unit: Unit, cell: Cell, listener: Listener | None) -> Result:
         return run_cell(cell, unit.of(cell), listener, every=unit.every)
     except files.StorageError:
         raise
-    except Exception as error:  # a model may fail in any way, and the others go on
+    except (Exception, SystemExit) as error:  # a model may fail in any way, or think that it is the whole program
         return Result(cell, "failed", error=_said(error))
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -119,6 +118,5 @@ def groups_of(cells: Sequence[Cell], most: int) -> list[tuple[Cell, ...]]:
         return [(cell,) for cell in cells]
     found: dict[str, list[Cell]] = {}
     for cell in cells:
-        config = {name: value for name, value in cell.config().items() if name != "seed"}
-        found.setdefault(json.dumps(config, sort_keys=True), []).append(cell)
+        found.setdefault(replace(cell, seed=0).id, []).append(cell)  # which keeps the order of layers
     return [tuple(group[i : i + most]) for group in found.values() for i in range(0, len(group), most)]

@@ -5,6 +5,7 @@ One file per command.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from rewire.errors import InputError
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed while running, 2 wrong request, 130 interrupted."""
+    _replace_what_cannot_be_written()
     try:
         code = _rewire.main(args=args, prog_name="rewire", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -34,6 +36,13 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
+
+
+def _replace_what_cannot_be_written() -> None:
+    """A stream without Γ or ± gets a ? in its place: results are not lost for a character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _fail(message: str, code: int) -> None:

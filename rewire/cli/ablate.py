@@ -12,12 +12,15 @@ from rich.console import Console
 from rewire.ablation import Grid, How, StorageError, check, from_toml, open_run, read, run_grid
 from rewire.ablation.folder import check as check_folder
 from rewire.ablation.folder import load_grid, new_folder
+from rewire.ablation.grid import named
 from rewire.ablation.inputs import one_of, positive
 from rewire.ablation.report import METRICS
 from rewire.ablation.runner import PLACES
 from rewire.cli.options import DATA, MODELS, command_line, only, setting, several, show, stopped, training
 from rewire.errors import InputError
 from rewire.words import pairs, words
+
+_NAMES = ("models", "rules", "data", "feedback", "skip", "optimizers", "schedule")  # options that hold several
 
 
 @click.command(
@@ -129,6 +132,9 @@ def _grid(file: Path | None, no_controls: bool, given: dict[str, Any]) -> Grid:
     options: dict[str, Any] = {
         name: several(value) if isinstance(value, tuple) else value for name, value in given.items()
     }
+    for name in _NAMES:
+        if options[name]:
+            options[name] = [word for text in options[name] for word in named(text)]
     if options["layers"]:
         options["layers"] = [pairs("--layers", "0=fa", [each]) for each in options["layers"]]
     if options["blocks"]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import rewire
@@ -52,7 +53,7 @@ def inspect(
     positive("batch", batch)
     positive("seed", seed, zero=True)
     chosen = _by_pattern(layers)
-    example = resolve(spec).build(batch, seed)
+    example = _example(spec, batch, seed)
     screen = Console() if Console().is_terminal or "COLUMNS" in os.environ else Console(width=140)
     plain = copy.deepcopy(example.model)
     try:
@@ -61,7 +62,7 @@ def inspect(
         raise InputError(str(error)) from error
     if too_large := _too_large(example):
         screen.print(too_large[0])
-        screen.print(f"Not run: {too_large[1]}", highlight=False)
+        screen.print(f"Not run: {too_large[1]}", highlight=False, markup=False)
         return 1 if check else 0
     _settle(example)
     ours = arithmetic(*example)
@@ -76,6 +77,13 @@ def inspect(
 
 def _by_pattern(layers: Sequence[str]) -> dict[str | type[nn.Module], str | rewire.Rule] | None:
     return {pattern: rule for pattern, rule in pairs("--layers", "layer1.*=fa", layers).items()} or None
+
+
+def _example(spec: str, batch: int, seed: int) -> Example:
+    example = resolve(spec).build(batch, seed)
+    if example.inputs is None:
+        raise InputError(f"{spec} returned (model, None): return the model alone, or (model, inputs)")
+    return example
 
 
 def _too_large(example: Example) -> tuple[Summary, str] | None:
@@ -111,7 +119,7 @@ def _compared(name: str, ours: Arithmetic, plain: Arithmetic) -> Table:
         table.add_column(column, justify="right" if column else "left")
     rows = [(a.forward, a.backward, a.step) for a in (plain, ours)]
     for label, row in zip(("backprop", name), rows, strict=True):
-        table.add_row(label, *(f"{flops / size:.4g}" for flops in row))
+        table.add_row(Text(label), *(f"{flops / size:.4g}" for flops in row))
     table.add_section()
     table.add_row("ratio", *(f"{b / a:.3f}" if a else "-" for a, b in zip(*rows, strict=True)))
     return table

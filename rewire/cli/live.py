@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from rewire.ablation.cell import Epoch
 from rewire.ablation.progress import Listener
@@ -68,11 +69,13 @@ class Screen(Listener):
             "" if alignment is None else "; ".join(alignment.get("flags", ())),
         )
         if self.console.is_terminal:
-            self.table.add_row(*cells)
+            self.table.add_row(*map(Text, cells))  # flags name layers and errors, which are not ours
             return
         aligned = f"  Γ {cells[3]}" if cells[3] else ""
         self.console.print(
             f"epoch {cells[0]}  loss {cells[1]}  test {cells[2]} %{aligned}  {cells[4]} s  {cells[5]}".rstrip(),
             highlight=False,
             soft_wrap=True,
+            markup=False,
+            emoji=False,
         )

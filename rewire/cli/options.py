@@ -76,14 +76,15 @@ def show(results: Sequence[Result], folder: Path, metric: str = "accuracy") -> i
     # A file or a pipe has no width that a table would have to fit.
     screen = Console() if Console().is_terminal or "COLUMNS" in os.environ else Console(width=160)
     cells = [result.cell for result in results]
-    screen.print(f"\n{title(cells)}", highlight=False)
+    # Names and paths are not ours: brackets and colons in them mean nothing to rich.
+    screen.print(f"\n{title(cells)}", highlight=False, markup=False, emoji=False)
     screen.print(table(results, metric))
-    screen.print(f"Results: {folder / 'results.jsonl'}", highlight=False, soft_wrap=True)
+    screen.print(f"Results: {folder / 'results.jsonl'}", highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         if page := _page(folder):
-            screen.print(f"Report: {page}", highlight=False, soft_wrap=True)
+            screen.print(f"Report: {page}", highlight=False, soft_wrap=True, markup=False, emoji=False)
     except InputError as problem:  # the table is there all the same
-        screen.print(f"No report: {problem}", highlight=False, soft_wrap=True, markup=False)
+        screen.print(f"No report: {problem}", highlight=False, soft_wrap=True, markup=False, emoji=False)
     failed = [result for result in results if result.status == "failed"]
     if failed:
         names = "; ".join(f"{result.cell.label} ({result.cell.id}): {result.error}" for result in failed)

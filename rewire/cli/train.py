@@ -74,6 +74,7 @@ def train(
     board = Board(folder / "tensorboard") if tensorboard else None
     try:
         with open_run(folder, grid, command_line()) as run, Screen(Console(stderr=True)) as screen:
+            run.forget_failed()  # whoever asks for this one cell again wants it tried again
             _train(run, checkpoint_seconds, _Both([screen, *([board] if board else [])]))
     except (KeyboardInterrupt, StorageError) as error:
         return stopped(error, folder, "train")

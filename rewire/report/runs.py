@@ -278,8 +278,15 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
+def canonical(value: Any) -> str:
+    """The same text for settings that are the same in another order; that of layers matters, as later ones win."""
+    if isinstance(value, Mapping) and isinstance(layers := value.get("layers"), Mapping):
+        value = {**value, "layers": list(layers.items())}
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 def _key(cell: Mapping[str, Any]) -> str:
-    return json.dumps({name: cell[name] for name in cell if name not in NEUTRAL}, sort_keys=True, default=str)
+    return canonical({name: cell[name] for name in cell if name not in NEUTRAL})
 
 
 def _text(value: Any) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rewire.ablation.grid import BASELINE
 from rewire.ablation.inputs import one_of
 
 from .compare import Comparison, compare, correct
-from .runs import NEUTRAL, Collected, Moment, Outcome
+from .runs import NEUTRAL, Collected, Moment, Outcome, canonical
 
 METRICS = ("accuracy", "error")
 # What belongs to the rule rather than to the experiment.
@@ -125,7 +126,7 @@ def build(collected: Collected, *, baseline: str | None = None, metric: str = "a
     rules = list(dict.fromkeys(each.rule for each in collected.outcomes))
     if baseline is not None:
         one_of("baseline", baseline, rules)
-    chosen = baseline or collected.baseline or "bp"
+    chosen = baseline or collected.baseline or BASELINE
     notes = list(collected.notes)
     if chosen not in rules:
         notes.append(f"No cell has the baseline {chosen}: nothing is compared")
@@ -141,13 +142,13 @@ def build(collected: Collected, *, baseline: str | None = None, metric: str = "a
 
     members: dict[str, list[int]] = {}
     for index, each in enumerate(settings):
-        members.setdefault(_canonical(each), []).append(index)
+        members.setdefault(canonical(each), []).append(index)
     groups = []
     for indices in members.values():
         found: dict[tuple[str, str], list[int]] = {}
         for index in indices:
             shown = {name: options[index][name] for name in told}
-            found.setdefault((collected.outcomes[index].rule, _canonical(shown)), []).append(index)
+            found.setdefault((collected.outcomes[index].rule, canonical(shown)), []).append(index)
         rows = [
             _row([collected.outcomes[i] for i in each], {name: options[each[0]][name] for name in told}, metric)
             for each in found.values()
@@ -214,20 +215,29 @@ def _row(outcomes: list[Outcome], options: Mapping[str, Any], metric: str) -> Ro
         value = in_percent(each.accuracy, metric)
         if value is not None:
             # Without a seed of its own a cell cannot be paired with anything.
-            values[("no seed", position, id(each)) if each.seed is None else _canonical(each.seed)] = value
+            values[("no seed", position, id(each)) if each.seed is None else canonical(each.seed)] = value
     return Row(label, rule, shown, tuple(outcomes), values)
 
 
 def _against(rows: list[Row], rule: str) -> list[Row]:
     """``rows``, baseline first, compared with the baseline of the same options, or else the first there is."""
     baselines = [row for row in rows if row.rule == rule]
+    # Backprop with other rules in some layers is not backprop: it is compared with it, where that was run.
+    if rule == BASELINE and any(map(_whole, baselines)):
+        baselines = [row for row in baselines if _whole(row)]
     if not baselines:
         return rows
-    others = [row for row in rows if row.rule != rule]
-    same = {_canonical(row.options): row for row in reversed(baselines)}
+    others = [row for row in rows if row not in baselines]
+    same = {canonical(row.options): row for row in reversed(baselines)}
     return [replace(row, is_baseline=True) for row in baselines] + [
-        replace(row, comparison=_compared(row, same.get(_canonical(row.options), baselines[0]))) for row in others
+        replace(row, comparison=_compared(row, same.get(canonical(row.options), baselines[0]))) for row in others
     ]
+
+
+def _whole(row: Row) -> bool:
+    """Whether the rule is that of the whole model."""
+    cell = row.outcomes[0].cell
+    return not cell.get("layers") and not cell.get("blocks")
 
 
 def _compared(row: Row, baseline: Row) -> Comparison | None:
@@ -242,14 +252,10 @@ def _compared(row: Row, baseline: Row) -> Comparison | None:
 
 def _varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for each in settings for name in each)
-    return [name for name in names if len({_canonical(each.get(name)) for each in settings}) > 1]
+    return [name for name in names if len({canonical({name: each.get(name)}) for each in settings}) > 1]
 
 
 def _title(settings: Mapping[str, Any], varying: Sequence[str]) -> str:
     first = " on ".join(plain(settings[name]) for name in ("model", "data") if settings.get(name) is not None)
     rest = described({name: settings.get(name) for name in varying if name not in ("model", "data")})
     return ", ".join(part for part in (first, rest) if part) or "all cells"
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)

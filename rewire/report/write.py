@@ -12,7 +12,22 @@ from rewire.ablation.inputs import one_of
 from rewire.errors import InputError
 
 FORMATS = {"html": "html", "csv": "csv", "markdown": "md"}
+_SUFFIXES = {".html": "html", ".htm": "html", ".csv": "csv", ".md": "markdown", ".markdown": "markdown"}
 _NEEDED = ("jinja2", "scipy", "statsmodels")
+
+
+def format_of(out: Path | None, given: str | None = None) -> str:
+    """The format to write: the one ``given``, else what the suffix of ``out`` says, else HTML.
+
+    Raises:
+        InputError: there is no such format, or the suffix is that of another.
+    """
+    if given is not None:
+        one_of("format", given, FORMATS)
+    said = None if out is None else _SUFFIXES.get(out.suffix.lower())
+    if given is not None and said is not None and given != said:
+        raise InputError(f"{out} is a name of {said}, not {given}: leave the format out, or name another file")
+    return given or said or "html"
 
 
 def render(
@@ -40,17 +55,18 @@ def write(
     folders: Sequence[Path],
     *,
     out: Path | None = None,
-    format: str = "html",
+    format: str | None = None,
     baseline: str | None = None,
     metric: str = "accuracy",
 ) -> Path:
     """:func:`render` into a file, by default ``report.html`` (``.csv``, ``.md``) in the first folder.
 
-    The file is there complete or not at all.
+    The format is what the file's name ends with, unless it is given. The file is there complete or not at all.
 
     Raises:
         InputError: as for :func:`render`, or the file cannot be written.
     """
+    format = format_of(out, format)
     text = render(folders, format=format, baseline=baseline, metric=metric)
     place = folders[0] / f"report.{FORMATS[format]}" if out is None else out
     try:

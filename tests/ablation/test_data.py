@@ -203,3 +203,10 @@ def test_other_files_are_no_npz(tmp_path: Path) -> None:
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
     with pytest.raises(InputError, match="cannot read"):
         load(str(tmp_path / "array.npz"))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.uint64, np.int16])
+def test_labels_of_every_whole_type(tmp_path: Path, kind: type[np.integer]) -> None:
+    np.savez(tmp_path / "a.npz", **arrays(y_train=np.arange(6).astype(kind) % 3, y_test=np.arange(3, dtype=kind)))  # type: ignore[arg-type]
+    data = load(str(tmp_path / "a.npz"))
+    assert data.y_train.tolist() == [0, 1, 2, 0, 1, 2] and data.classes == 3

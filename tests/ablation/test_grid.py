@@ -109,6 +109,15 @@ def test_toml_gives_the_same_grid_and_so_does_its_configuration(tmp_path: Path) 
         ({"rules": []}, "rules is empty"),
         ({"rules": [1]}, "rules takes names, not 1"),
         ({"rules": "dfaa"}, "did you mean 'dfa'"),
+        ({"rules": ["fa dfa"]}, "unknown rule 'fa dfa'"),
+        ({"batch_size": []}, "batch_size is empty"),
+        ({"scale": []}, "scale is empty"),
+        ({"lr": []}, "lr is empty"),
+        ({"optimizers": []}, "optimizers is empty"),
+        ({"optimizers": [{"name": "sgd", "schedule": 3}]}, "schedule takes names, not 3"),
+        ({"optimizers": [{"name": "sgd", "schedule": [["a"]]}]}, r"schedule takes names, not \['a'\]"),
+        ({"optimizers": [{"name": "sgd", "momentum": []}, "adam"]}, "momentum is empty"),
+        ({"schedule": [["a"]]}, r"schedule takes names, not \['a'\]"),
         ({"seeds": 0}, "seeds must be above zero"),
         ({"seeds": []}, "seeds is empty"),
         ({"seeds": ["a"]}, "seeds takes a whole number, not 'a'"),
@@ -148,3 +157,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"cannot read .*directory$"):
         from_toml(tmp_path / "folder")  # which is there: nothing else was meant
+
+
+def test_names_may_have_spaces_in_lists_and_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data").mkdir()
+    for name in ("my data/a.npz", "it's (1).npz"):
+        (tmp_path / name).write_bytes(b"")
+
+    assert read({"data": ["my data/a.npz", "it's (1).npz"]}).data == ("my data/a.npz", "it's (1).npz")
+    assert read({"data": "digits 'my data/a.npz' C:\\b.npz"}).data == ("digits", "my data/a.npz", "C:\\b.npz")
+    assert read({"data": '"my data/a.npz",digits'}).data == ("my data/a.npz", "digits")
+    assert read({"data": "my data/a.npz"}).data == ("my data/a.npz",)
+    grid = read({"models": "mlp", "data": "'my data/a.npz'"})
+    assert read(json.loads(json.dumps(grid.config()))) == grid

@@ -211,3 +211,26 @@ def test_what_differs_has_a_column() -> None:
 
     assert "layers" in text and "1=fa" in text and "optimizer" in text and "0.05" in text
     assert "schedule" not in text and "Γ" not in text
+
+
+def test_brackets_in_names_are_shown_as_they_are() -> None:
+    cell = Cell("mlp", "dfa", 0)
+    variants = [cell, replace(cell, layers=(("[ab]", "fa"),)), replace(cell, layers=(("[/red]", "fa"),))]
+    text = shown([replace(result(), cell=each) for each in variants], width=120)
+
+    assert "[ab]=fa" in text and "[/red]=fa" in text
+
+
+def test_plain_rows_among_themselves_can_be_told_apart() -> None:
+    cell = Cell("mlp", "bp", 0, lr=0.001)
+    text = shown([replace(result(), cell=each) for each in (cell, replace(cell, lr=0.1))])
+    assert "lr" in text and "0.001" in text and "0.1" in text
+
+    # Plain backprop has no feedback, so its "dense" is no difference.
+    text = shown([result(), replace(result("dfa"), cell=Cell("mlp", "dfa", 0, feedback="lowrank"))])
+    assert "feedback" not in text
+
+
+def test_where_the_data_lie_makes_no_row() -> None:
+    cells = [Cell("mlp", "dfa", seed, data="fashion-mnist", data_dir=Path(f"/{seed}")) for seed in (0, 1)]
+    assert [row.seeds for row in rows([replace(result(), cell=each) for each in cells])] == [2]

@@ -159,3 +159,5 @@ def test_groups_differ_in_their_seed_alone() -> None:
     assert groups_of(cells, 0) == [(cell,) for cell in cells]
     mixed = [cells[0], cells[5], cells[1], cells[6]]
     assert groups_of(mixed, 8) == [(cells[0], cells[1]), (cells[5], cells[6])]
+    ordered = [replace(CELL, layers=layers) for layers in ((("*", "fa"), ("1", "bp")), (("1", "bp"), ("*", "fa")))]
+    assert groups_of(ordered, 8) == [(cell,) for cell in ordered]  # later ones win

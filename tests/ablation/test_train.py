@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 import random
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +18,10 @@ import pytest
 import torch
 
 import rewire
-from rewire.ablation import Cell, Epoch, InputError, Result, load, run_cell
+from rewire.ablation import Cell, Epoch, InputError, Result, StorageError, checkpoint, load, models, run_cell, train
+from rewire.ablation import together as together_module
 from rewire.ablation.progress import Listener, measured_after
+from rewire.ablation.together import run_together
 from rewire.ablation.trainer import make_trainer
 
 CELL = Cell("mlp", "dfa", seed=1, epochs=2, lr=2e-3)
@@ -188,6 +194,86 @@ def test_a_model_that_cannot_be_pickled_is_trained_in_one_go(tmp_path: Path) -> 
         result = run_cell(cell, tmp_path, every=0)
     assert result.status == "done"
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+def parametrized() -> torch.nn.Module:
+    norm = torch.nn.utils.parametrizations.weight_norm
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), norm(torch.nn.Linear(64, 8)), torch.nn.ReLU(), torch.nn.Linear(8, 10)
+    )
+
+
+def test_a_parametrized_model_is_trained_in_one_go_too(tmp_path: Path) -> None:
+    """Torch refuses to pickle such models with a RuntimeError, as it says that a disk is full."""
+    cell = replace(CELL, model="tests.ablation.test_train:parametrized", rule="bp", epochs=1)
+    with pytest.warns(rewire.RewireWarning, match="cannot be pickled: Serialization of parametrized modules"):
+        assert run_cell(cell, tmp_path, every=0).status == "done"
+
+
+def test_a_disk_that_is_full_is_no_model_that_cannot_be_pickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left on device"):
+            checkpoint.save(tmp_path / "checkpoint.pt", {"net": Small()})
+    assert not list(tmp_path.iterdir())
+
+
+OWN_MODEL = """
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+"""
+
+
+@pytest.mark.filterwarnings("error::rewire.RewireWarning")
+@pytest.mark.parametrize("together", [False, True])
+def test_a_fresh_worker_goes_on_with_a_model_of_the_current_directory(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_of_ones_own.py").write_text(OWN_MODEL)
+    monkeypatch.chdir(tmp_path)
+    importlib.invalidate_caches()
+    cell = Cell("model_of_ones_own:Own", "fa", 0, epochs=1, batch_size=500, alignments=0)
+    cells = [cell, replace(cell, seed=1)] if together else [cell]
+    folders = [tmp_path / each.id for each in cells]
+
+    def run() -> list[Result]:
+        return run_together(cells, folders) if together else [run_cell(cell, folders[0])]
+
+    first = run()
+    # What a worker is given is unpickled, not made: nothing has imported the module yet.
+    monkeypatch.delitem(sys.modules, "model_of_ones_own")
+    monkeypatch.setattr(models, "net", lambda *_: pytest.fail("began again"))
+    monkeypatch.setattr(together_module if together else train, "step_ratio", lambda _: 1.0)
+    assert [numbers(result) for result in run()] == [numbers(result) for result in first]
+
+
+@pytest.mark.filterwarnings("error::rewire.RewireWarning")
+def test_a_checkpoint_is_gone_on_from_wherever_the_data_lie(
+    fashion_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Path(shutil.copytree(fashion_dir, tmp_path / "moved"))
+    cell = Cell("mlp", "fa", 0, data="fashion-mnist", data_dir=fashion_dir, epochs=1, alignments=0)
+    cells = [cell, replace(cell, seed=1)]
+    folders = [tmp_path / each.id for each in cells]
+    run_cell(cell, folders[0])
+    run_together(cells, folders)
+    monkeypatch.setattr(models, "net", lambda *_: pytest.fail("began again"))
+    for module in (train, together_module):
+        monkeypatch.setattr(module, "step_ratio", lambda _: 1.0)
+    run_cell(replace(cell, data_dir=moved), folders[0])
+    run_together([replace(each, data_dir=moved) for each in cells], folders)
 
 
 def test_a_damaged_checkpoint_starts_the_cell_again(tmp_path: Path) -> None:

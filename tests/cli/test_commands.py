@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import rewire
 from rewire.ablation import files, train, work
+from rewire.ablation.cell import Epoch
 from rewire.cli import main
+from rewire.cli.board import Board
+from rewire.cli.live import Screen
 
 
 @pytest.fixture
@@ -100,6 +107,20 @@ def test_a_toml_file_is_a_grid_and_options_go_before_it(here: Path, quick: list[
     assert [row["cell"]["rule"] for row in records(here / "run")] == ["fa", "fa"]  # type: ignore[index]
 
 
+def test_data_with_a_space_in_their_path(here: Path, quick: list[str]) -> None:
+    file = here / "my data" / "a.npz"
+    file.parent.mkdir()
+    x, y = np.ones((6, 4), np.float32), np.arange(6) % 3
+    np.savez(file, x_train=x, y_train=y, x_test=x, y_test=y)
+    one = ["--rule", "fa", "--seeds", "1", "--no-controls"]
+    for number, data in enumerate(("my data/a.npz", "'my data/a.npz' digits")):
+        assert run("ablate", *quick, *one, "--data", data, "--out", f"run{number}") == 0
+        found = [row["cell"]["data"] for row in records(here / f"run{number}")]  # type: ignore[index]
+        assert found == ["my data/a.npz", "digits"][: number + 1]
+    assert run("ablate", "--resume", "run0") == 0
+    assert run("train", "--epochs", "1", "--data", "my data/a.npz", "--out", "run2") == 0
+
+
 def test_layers_of_the_grid(here: Path, quick: list[str]) -> None:
     layers = ["--layers", "", "--layers", "1=fa 3=usf"]
     assert run("ablate", *quick, *layers, "--rule", "dfa", "--seeds", "1", "--no-controls", "--out", "run") == 0
@@ -142,6 +163,62 @@ def test_cells_that_fail_are_named_and_stop_no_others(
     monkeypatch.setattr(work, "run_cell", real)
     assert run(*args, "--retry") == 0
     assert [row["status"] for row in records(here / "run")] == ["done", "done"]
+
+
+def test_text_that_is_not_ours_may_have_brackets(
+    here: Path, quick: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(cell: object, *rest: object, **options: object) -> None:
+        warnings.warn("a note [sic] of [/data]", stacklevel=2)
+        raise ValueError("cannot open [/data/x], [enforce fail at :boom:]")
+
+    monkeypatch.setattr(work, "run_cell", fails)
+    monkeypatch.setenv("COLUMNS", "200")
+    args = ["--layers", "[1]=fa", "--rule", "dfa", "--seeds", "1", "--no-controls", "--out", "run[a1]"]
+    assert run("ablate", *quick, *args) == 1
+
+    out, err = capsys.readouterr()
+    progress, notes = err.splitlines()[1], err.splitlines()[0]
+    assert notes == "note a note [sic] of [/data]"
+    assert "mlp dfa [1]=fa seed 0" in progress
+    assert progress.endswith("failed  ValueError: cannot open [/data/x], [enforce fail at :boom:]")
+    assert "Results: run[a1]/results.jsonl" in out
+
+
+def test_flags_may_have_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"gamma": None, "flags": ["not measurable: [/x] and [layer]"]}
+    for terminal in (False, True):
+        with Screen(Console(force_terminal=terminal, width=120)) as screen:
+            screen.epoch(Epoch(1, 0.5, 0.5), flags)
+        assert "not measurable: [/x] and [layer]" in capsys.readouterr().out
+
+
+def test_a_forward_that_ends_the_program_is_a_cell_that_failed(
+    here: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaves(*args: object, **options: object) -> None:
+        sys.exit(3)
+
+    monkeypatch.setattr(work, "run_cell", leaves)
+    monkeypatch.setattr(work, "run_together", leaves)
+    for together in ("0", "2"):
+        args = ["--rule", "dfa", "--seeds", "2", "--no-controls", "--together", together, "--out", f"run{together}"]
+        assert run("ablate", *quick, *args) == 1
+        assert [row["error"] for row in records(here / f"run{together}")] == ["SystemExit: 3"] * 2
+
+
+def test_a_stream_that_cannot_write_a_character_gets_another(here: Path, quick: list[str]) -> None:
+    assert run("ablate", *quick, "--rule", "dfa", "--seeds", "2", "--no-controls", "--out", "run") == 0
+    file = here / "run" / "results.jsonl"
+    aligned = '"alignment": [{"epoch": 1, "gamma": 0.5, "flags": [], "layers": {}}]'
+    file.write_text(file.read_text().replace('"alignment": []', aligned))
+    done = subprocess.run(
+        [sys.executable, "-m", "rewire", "ablate", "--resume", "run"],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(Path(rewire.__file__).parents[1]), "PYTHONIOENCODING": "cp1252"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0.50 ± 0.00" in done.stdout.decode("cp1252") and b"run/results.jsonl" in done.stdout
 
 
 def test_a_full_disk_is_one_line_and_the_way_on(
@@ -299,7 +376,50 @@ def test_train_is_a_run_of_one_cell(here: Path, quick: list[str], capsys: pytest
     assert [e.value for e in events.Scalars("loss/epoch")] == pytest.approx(
         [epoch["loss"] for epoch in record["history"]]  # type: ignore[attr-defined]
     )
+    events = EventAccumulator(str(here / "run" / "tensorboard" / "steps"))
+    events.Reload()
     assert len(events.Scalars("loss/step")) == 2 * 12
+
+
+def test_going_on_keeps_what_was_logged_before_and_replaces_what_came_after(here: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def log(epochs: list[Epoch], first: int, last: int, loss: float) -> None:
+        board = Board(here / "board")
+        board.began(epochs, ())
+        for done in range(first, last + 1):
+            board.step(done, 40, loss)
+            if done % 10 == 0:
+                board.epoch(Epoch(done // 10, loss, 0.5), {"gamma": loss})
+        board.close()
+
+    log([], 1, 35, 1.0)  # stopped after step 35; the last checkpoint is of step 24, in the third epoch
+    log([Epoch(1, 1.0, 0.5), Epoch(2, 1.0, 0.5)], 25, 40, 2.0)
+
+    found = {}
+    for folder in ("board", "board/steps"):
+        events = EventAccumulator(str(here / folder))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    assert found["loss/step"] == [(step, 1.0 if step < 25 else 2.0) for step in range(1, 41)]
+    for tag in ("loss/epoch", "alignment/gamma"):
+        assert found[tag] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_train_tries_a_cell_that_failed_again(here: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise ValueError("no")
+
+    args = ["train", "--epochs", "1", "--batch-size", "128", "--alignments", "0", "--out", "run"]
+    for again in (args, ["train", "--resume", "run"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(work, "run_cell", fails)
+            assert run(*args) == 1
+        assert run(*again) == 0
+        assert [row["status"] for row in records(here / "run")] == ["done"]
+        shutil.rmtree(here / "run")
 
 
 def test_train_goes_on_where_it_stopped(

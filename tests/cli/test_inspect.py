@@ -33,6 +33,9 @@ class Around(nn.Module):
     def forward(self, x):
         return self.last((self.first(x).unsqueeze(1) * self.inner.weight).sum(-1))
 
+def none():
+    return mlp()[0], None
+
 def dead():
     return Around(), torch.ones(3, 5)
 
@@ -188,3 +191,10 @@ def test_later_patterns_win(here: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_help_has_an_example(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     assert "Example: rewire inspect torchvision:resnet18" in capsys.readouterr().out
+
+
+def test_inputs_that_are_none_are_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspected:none") == 2
+    assert capsys.readouterr().err == (
+        "rewire: inspected:none returned (model, None): return the model alone, or (model, inputs)\n"
+    )

@@ -55,6 +55,15 @@ def test_other_formats(here: Path, capsys: pytest.CaptureFixture[str], kind: str
     assert capsys.readouterr().out == f"Report: a/{name}\n" + (here / "a" / name).read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("x.csv", "model,"), ("x.MD", "# "), ("x.markdown", "# "), ("x.htm", "<!doctype"), ("x.txt", "<!doctype")],
+)
+def test_the_format_is_what_the_name_ends_with(here: Path, name: str, start: str) -> None:
+    assert run("a", "--out", name) == 0
+    assert Path(name).read_text().startswith(start)
+
+
 def test_baseline_and_metric_and_out(here: Path) -> None:
     assert run("a", "--baseline", "fa", "--metric", "error", "--out", "x.html") == 0
 
@@ -75,6 +84,7 @@ def test_baseline_and_metric_and_out(here: Path) -> None:
         (["a", "--out", "no/such/x.html"], "cannot write no/such/x.html: No such file or directory"),
         (["a", "--out", "b"], "cannot write b: Is a directory"),
         (["a", "--formt", "csv"], "--format"),
+        (["a", "--format", "html", "--out", "x.csv"], "x.csv is a name of csv, not html: leave the format out"),
     ],
 )
 def test_a_wrong_request_gets_one_line_and_code_2_and_writes_nothing(

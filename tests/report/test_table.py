@@ -191,3 +191,33 @@ def test_the_same_cell_measured_more_often_counts_once(tmp_path: Path) -> None:
     seldom = [{**each, "cell": {**cell("fa", seed), "alignments": 1}} for seed, each in enumerate(often)]
     (group,) = made(tmp_path, *often, *seldom).groups
     assert [len(row.outcomes) for row in group.rows] == [2]
+
+
+def test_layers_in_another_order_are_another_experiment(tmp_path: Path) -> None:
+    """Later ones win."""
+    first, second = {"*": "fa", "1": "bp"}, {"1": "bp", "*": "fa"}
+    lines = scored("dfa", 0.9, 0.8, layers=first) + scored("dfa", 0.7, 0.6, layers=second)
+    (group,) = made(tmp_path, *lines).groups
+    assert [(row.label, len(row.values)) for row in group.rows] == [
+        ("dfa · layers=*=fa 1=bp", 2), ("dfa · layers=1=bp *=fa", 2)
+    ]  # fmt: skip
+
+
+def test_backprop_with_other_rules_in_it_is_compared_with_backprop(tmp_path: Path) -> None:
+    mixed = {"1": "fa"}
+    lines = [
+        *scored("bp", 0.5, 0.51, 0.53, layers=mixed),
+        *scored("bp", 0.6, 0.61, 0.63, blocks=["1"]),
+        *scored("bp", 0.9, 0.91, 0.93),
+        *scored("dfa", 0.8, 0.85, 0.81, layers=mixed),
+    ]
+    rows = {row.label: row for row in made(tmp_path / "whole", *lines).groups[0].rows}
+    assert [label for label, row in rows.items() if row.is_baseline] == ["bp"]
+    differences = {label: row.comparison.difference for label, row in rows.items() if row.comparison is not None}
+    assert differences == pytest.approx(
+        {"bp · layers=1=fa": -40, "bp · blocks=1": -30, "dfa · layers=1=fa": 82 - 274 / 3}
+    )
+
+    # Where plain backprop was not run, there is nothing nearer.
+    rows = {row.rule: row for row in made(tmp_path / "mixed", *lines[:3], *lines[9:]).groups[0].rows}
+    assert rows["bp"].is_baseline and rows["dfa"].comparison is not None
