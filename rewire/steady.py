@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Looked up once: these run in every call of every layer.
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 NONE: tuple[Any, ...] = ()
 _VIEWED = 2**16  # numbers that an output may have whose view is left as it is: see _small
@@ -215,7 +216,8 @@ def _exchanged(state: LayerState, module: nn.Module, forward: Forward, x: Tensor
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if type(weight) is nn.Parameter and type(bias) is nn.Parameter:
             kept = weight.t()
-            if kept.dtype is B.dtype and kept.shape == B.shape and kept.device == B.device:
+            # A mode that traces operations (make_fx) would not see that numbers are exchanged.
+            if kept.dtype is B.dtype and kept.shape == B.shape and kept.device == B.device and not _dispatch_modes():
                 state.wiring.swapped = True
                 return swapped(x, kept, bias, B)
     y = forward(module, x)

@@ -485,3 +485,25 @@ def test_a_transform_right_after_a_training_step(rule):
             if "rewire" not in name:
                 torch.testing.assert_close(each[name].sum(0), p.grad, rtol=1e-4, atol=1e-6)
     assert all(g.isfinite().all() for g in each.values())
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "dfa"])
+def test_a_traced_gradient_is_the_rules(rule):
+    """``make_fx`` sees operations, and would not see that an operation was given other numbers to keep."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    rewire.convert(model, rule, scale=0.3)
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+
+    def grads(params, x):
+        loss = torch.nn.functional.cross_entropy(torch.func.functional_call(model, params, (x,)), y)
+        return torch.autograd.grad(loss, list(params.values()))
+
+    params = dict(model.named_parameters())
+    for _ in range(3):
+        wanted = grads(params, x)
+    traced = make_fx(grads)(params, x)
+    for ours, theirs in zip(traced(params, x), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
