@@ -98,8 +98,10 @@ class Samples:
                 continue  # a number is a multiple of any other: one that happens to fit shows nothing
             rows = shown.clear & single & _alive(_squares(_rows(fed, axis)))
             verdicts.append(bool((rows & others).any()))
-            # Grids of other sizes are made to fit: then rows get a mean of what several positions would get.
-            sure |= verdicts[-1] and len(self.known[shown.dim]) in place.x.shape
+            # Grids of other sizes are made to fit: then rows get a mean of what several positions would get. And one
+            # position alone may be what all of another sequence was used for.
+            several = verdicts[-1] and float(shown.factor[rows].std()) > _TOLERANCE
+            sure |= several and len(self.known[shown.dim]) in place.x.shape
         return sure or (bool(verdicts) and all(verdicts))
 
 
