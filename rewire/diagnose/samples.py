@@ -96,12 +96,13 @@ class Samples:
             single = _nearest(self.known[shown.dim].to(shown.factor), shown.factor) <= 1e-3
             if _rows(fed, axis).shape[1] == 1 and not bool(single[shown.clear].all()):
                 continue  # a number is a multiple of any other: one that happens to fit shows nothing
-            rows = shown.clear & single & _alive(_squares(_rows(fed, axis)))
+            alive = _alive(_squares(_rows(fed, axis)))
+            rows = shown.clear & single & alive
             verdicts.append(bool((rows & others).any()))
-            # Grids of other sizes are made to fit: then rows get a mean of what several positions would get. And one
-            # position alone may be what all of another sequence was used for.
-            several = verdicts[-1] and float(shown.factor[rows].std()) > _TOLERANCE
-            sure |= several and len(self.known[shown.dim]) in place.x.shape
+            # Grids of other sizes are made to fit: then rows get a mean of what several positions would get. One
+            # position alone may be what all of another sequence was used for, or what some tokens attend to.
+            most = 2 * int((rows & others).sum()) > int(alive.sum()) and float(shown.factor[rows].std()) > _TOLERANCE
+            sure |= most and len(self.known[shown.dim]) in place.x.shape
         return sure or (bool(verdicts) and all(verdicts))
 
 
