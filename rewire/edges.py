@@ -333,7 +333,7 @@ def _at_hidden(gradient: Tensor | None) -> None:
         return
     call: Call | None = node.metadata.get(CALL)
     if call is not None and (call.nested or not call.errors):
-        _check(call, gradient)
+        _refuse(call, gradient)
 
 
 _COMPILED_BACKWARD = (
@@ -387,13 +387,12 @@ def check(call: Call, gradients: Sequence[Tensor | None]) -> None:
     Args:
         gradients: what arrived at the output.
     """
-    for gradient in gradients:
-        _check(call, gradient)
+    if call.nested or not call.errors:
+        for gradient in gradients:
+            _refuse(call, gradient)
 
 
-def _check(call: Call, gradient: Tensor | None) -> None:
-    if call.errors and not call.nested:
-        return
+def _refuse(call: Call, gradient: Tensor | None) -> None:
     state = call.state
     if call.nested:
         raise PassError(reentrant_message(state.label))

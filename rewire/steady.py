@@ -33,7 +33,7 @@ _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
-NONE: tuple[Any, ...] = ()
+_NONE: tuple[Any, ...] = ()
 _VIEWED = 2**16  # numbers that an output may have whose view is left as it is: see _small
 
 
@@ -50,14 +50,14 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, fast: 
         y = fast(module, x)
         if type(y) is not Tensor or not y.requires_grad or state.idle or y._is_view():
             return _first(state, fast, y)
-        y.grad_fn.metadata[CALL] = Call(state, NONE, NONE, [])  # type: ignore[union-attr, index]
+        y.grad_fn.metadata[CALL] = Call(state, _NONE, _NONE, [])  # type: ignore[union-attr, index]
         return y
     if not state.settled:
         return run(state, module, forward, (x,), {})
     if state.idle:
         state.wake()
     node = x.grad_fn
-    call = Call(state, NONE if node is None else (node,), NONE, [])
+    call = Call(state, _NONE if node is None else (node,), _NONE, [])
     B, shape = state.mirror, x.shape
     if (
         B is not None
@@ -86,7 +86,7 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, fast: 
         return y
     made: Any = y.grad_fn
     made.metadata[CALL] = call
-    if backward_id() == -1 and y.output_nr == 0:
+    if backward_id() == -1 and y.output_nr == 0:  # as guard would see, in a function more
         look(made)
     else:
         guard(y, made, call)
@@ -168,8 +168,8 @@ def steady_projection(
         return None
     outer = seat.outer(x)
     if within is None or state.wiring.pours:
-        within = NONE if outer.grad_fn is None else (outer.grad_fn,)
-    call = Call(state, within, NONE, [])
+        within = _NONE if outer.grad_fn is None else (outer.grad_fn,)
+    call = Call(state, within, _NONE, [])
     _ask(call, outer, input_of(state, view, weight, -1))
     y = F.linear(x.detach(), view, bias)
     if not y.requires_grad or (y._is_view() and y.numel() > _VIEWED):
@@ -185,8 +185,8 @@ def _first(state: LayerState, fast: Forward, y: Any) -> Any:
     if state.idle:
         state.wake()
     if y._is_view() and not _small(y, fast):
-        return finish(state, y, NONE, NONE, [], 0)
-    _leave(y, Call(state, NONE, NONE, []))
+        return finish(state, y, _NONE, _NONE, [], 0)
+    _leave(y, Call(state, _NONE, _NONE, []))
     return y
 
 
@@ -251,7 +251,7 @@ def steady_output_direct(state: LayerState, module: nn.Module, forward: Forward,
     if not fits or not x.requires_grad or state.idle or state.wiring.unsettled or _transforming():
         return run(state, module, forward, (x,), {})
     node = x.grad_fn
-    call = Call(state, NONE if node is None else (node,), NONE, [])
+    call = Call(state, _NONE if node is None else (node,), _NONE, [])
     call.mirrored = x, shape, state.rule, B  # type: ignore[assignment]
     y = fast(module, x.detach())
     if type(y) is not Tensor:
@@ -279,13 +279,13 @@ def steady_output_local(state: LayerState, module: nn.Module, forward: Forward, 
     if not y.requires_grad:
         return y
     if type(y) is not Tensor:
-        return finish(state, y, sources_of((x,), {}), NONE, [], 0)
+        return finish(state, y, sources_of((x,), {}), _NONE, [], 0)
     if y._is_view():
         y = alias(y)  # as in :func:`rewire.marks.mark`
     state.called = True
     wiring.errors.pop(state.name, None)  # the newest pass has no error yet
     error = OutputError(state, state.kind.axis(y.dim()), None)
-    call = Call(state, NONE, NONE, [])
+    call = Call(state, _NONE, _NONE, [])
     call.own = (error,)
     made = y.grad_fn
     made.metadata[CALL] = call  # type: ignore[union-attr, index]

@@ -135,7 +135,6 @@ class Wiring:
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {
-            "_counts": None,
             "errors": {},
             "unnamed": [],
             "common": {},
@@ -147,8 +146,8 @@ class Wiring:
         return {**self.__dict__, **fresh, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._counts = None  # in files of older versions there is none
         self.__dict__.update(state)
+        self._counts = None  # in files of older versions there is none
         self._register()
 
     def _register(self) -> None:
@@ -158,7 +157,7 @@ class Wiring:
     def rest(self) -> None:
         """Leave the feedback as it is from now on: for copies that are looked at."""
         self.rests = self.still = True
-        self._counts = None
+        self.note_rules()
         for state in self.layers.values():
             state.gathered = {}
             if state.counts:
@@ -172,7 +171,7 @@ class Wiring:
         return self._counts
 
     def note_rules(self) -> None:
-        """A layer's rule may be another one."""
+        """A layer's rule, or whether anything is learned, may be another now."""
         self._counts = None
 
     def outputs_label(self) -> str:

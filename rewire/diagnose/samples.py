@@ -101,7 +101,10 @@ class Samples:
             verdicts.append(bool((rows & others).any()))
             # Grids of other sizes are made to fit: then rows get a mean of what several positions would get. One
             # position alone may be what all of another sequence was used for, or what some tokens attend to.
-            most = 2 * int((rows & others).sum()) > int(alive.sum()) and float(shown.factor[rows].std()) > _TOLERANCE
+            most = (
+                2 * int((rows & others).sum()) > int(alive.sum())
+                and float(shown.factor[rows].std(correction=0)) > _TOLERANCE
+            )
             sure |= most and len(self.known[shown.dim]) in place.x.shape
         return sure or (bool(verdicts) and all(verdicts))
 

@@ -163,7 +163,7 @@ def test_a_layer_left_out_of_the_pass(monkeypatch, model):
     m = model("dfa")
     plain = marks.upstream
     monkeypatch.setattr(marks, "upstream", lambda *a: [c for c in plain(*a) if c.state.name != "2"])
-    monkeypatch.setattr(edges, "_check", lambda *args: None)
+    monkeypatch.setattr(edges, "_refuse", lambda *args: None)
     check(m, "2")
 
 
