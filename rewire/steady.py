@@ -48,9 +48,9 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, fast: 
         return run(state, module, forward, (x,), {})
     if not x.requires_grad:  # there is nothing to hand back to: the first layer of a network
         y = fast(module, x)
-        if type(y) is not Tensor or not y.requires_grad or state.idle or y._is_view():
+        if type(y) is not Tensor or not y.requires_grad or state.idle or y._is_view() or (made := y.grad_fn) is None:
             return _first(state, fast, y)
-        y.grad_fn.metadata[CALL] = Call(state, _NONE, _NONE, [])  # type: ignore[union-attr, index]
+        made.metadata[CALL] = Call(state, _NONE, _NONE, [])  # type: ignore[index]
         return y
     if not state.settled:
         return run(state, module, forward, (x,), {})
@@ -84,8 +84,10 @@ def steady_direct(state: LayerState, module: nn.Module, forward: Forward, fast: 
             return mark(state, call, y, joins=False)
         guard(*_leave(y, call), call)
         return y
-    made: Any = y.grad_fn
-    made.metadata[CALL] = call
+    made = y.grad_fn
+    if made is None:  # cut off from the graph, by a forward of its own
+        return y
+    made.metadata[CALL] = call  # type: ignore[index]
     if backward_id() == -1 and y.output_nr == 0:  # as guard would see, in a function more
         look(made)
     else:
@@ -186,7 +188,8 @@ def _first(state: LayerState, fast: Forward, y: Any) -> Any:
         state.wake()
     if y._is_view() and not _small(y, fast):
         return finish(state, y, _NONE, _NONE, [], 0)
-    _leave(y, Call(state, _NONE, _NONE, []))
+    if y.grad_fn is not None:
+        _leave(y, Call(state, _NONE, _NONE, []))
     return y
 
 

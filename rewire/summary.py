@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from rewire.arguments import check_model
@@ -69,7 +70,7 @@ class Summary:
     def __rich__(self) -> Table:
         converted = sum(row.converted for row in self.rows)
         table = Table(
-            title=self.title,
+            title=Text(self.title),
             caption=f"{converted} layers converted, {len(self.rows) - converted} modules left alone; "
             f"feedback {_bytes(self.feedback_bytes)}"
             + (f", {_bytes(self.common_bytes)} of it common to layers" if self.common_bytes else ""),
@@ -77,7 +78,7 @@ class Summary:
         for column in ("layer", "type", "rule", "role", "feedback", "memory", "scale", "note"):
             table.add_column(column, overflow="fold", justify="right" if column in ("memory", "scale") else "left")
         for row in self.rows:
-            table.add_row(
+            cells = (
                 row.name or "(model)",
                 row.type,
                 row.rule,
@@ -87,6 +88,7 @@ class Summary:
                 f"{row.scale:.3g}" if row.scale is not None else "-",
                 row.note,
             )
+            table.add_row(*map(Text, cells))  # names may hold what reads as markup
         return table
 
     def __str__(self) -> str:

@@ -157,7 +157,6 @@ class Wiring:
     def rest(self) -> None:
         """Leave the feedback as it is from now on: for copies that are looked at."""
         self.rests = self.still = True
-        self.note_rules()
         for state in self.layers.values():
             state.gathered = {}
             if state.counts:

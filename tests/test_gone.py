@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import rewire
 
 from .every_rule import EVERY
-from .leftovers import left_by
+from .leftovers import counts, left_by, no_gc
 
 
 def cnn():
@@ -58,6 +58,15 @@ def trained(net, rule, **options):
 @pytest.mark.parametrize("rule", EVERY.values())
 def test_deleted(rule, net):
     assert not left_by(lambda: trained(net, rule) and None)
+
+
+@pytest.mark.parametrize("rule", EVERY.values())
+def test_the_last_one(rule):
+    """Nothing that is shared by models keeps the one that used it last."""
+    with no_gc():
+        before = counts()
+        trained("cnn", rule)
+        assert {kind for kind, n in counts().items() if n > before.get(kind, 0)} <= {"Tensor"}
 
 
 @pytest.mark.parametrize("feedback", ["channel", "sparse", "lowrank", "shared", "seeded"])

@@ -559,6 +559,18 @@ def test_summary_is_a_table():
     assert "bp" in line and "elementwise" in line
 
 
+def test_names_that_read_as_markup_are_shown_as_they_are():
+    model = nn.Sequential(OrderedDict({"[/a]": nn.Linear(5, 7), "[b]": nn.Tanh(), ":cat:[red]": nn.Linear(7, 4)}))
+    rewire.convert(model, "fa")
+    x = torch.randn(6, 5)
+    for looked in (
+        rewire.summary(model),
+        rewire.verify(model, x, lambda y: y.square().sum()),
+        rewire.alignment(model, x, lambda y: y.square().sum(), null=0),
+    ):
+        assert "[/a]" in str(looked) and ":cat:[red]" in str(looked)
+
+
 def test_summary_of_a_model_that_is_one_layer():
     layer = rewire.convert(nn.Linear(3, 2), "fa")
     assert [row.name for row in rewire.summary(layer).rows] == [""]

@@ -281,6 +281,39 @@ def test_an_output_that_no_error_reaches():
         h.sum().backward()
 
 
+class Grouped(nn.Sequential):
+    """Rows are averaged by groups in front of the last layer."""
+
+    group = 1
+
+    def forward(self, x):
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return self[-1](x.unflatten(0, (-1, self.group)).mean(1))
+
+
+def test_rows_that_come_to_be_more_than_there_are_errors():
+    model = settled(rewire.convert(Grouped(*mlp()), "dfa"), X, loss_of, 4)
+    model.group, x = 2, randn(12, 5)
+    check_first(model, model(x), x, lambda e: e.repeat_interleave(2, 0))
+
+
+def test_an_output_layer_that_gets_more_classes():
+    model = ready("dfa")
+    model[4].weight, model[4].bias = nn.Parameter(randn(6, 6)), nn.Parameter(randn(6))
+    check_first(model, model(X), X, lambda e: e)
+
+
+def check_first(model, y, x, rows):
+    """The first layer's gradient after a step, ``rows`` being what the errors at y are to the rows of x."""
+    model.zero_grad()
+    loss_of(y).backward()
+    e = (y.detach().softmax(-1) - nn.functional.one_hot(LABELS, y.shape[1])) / len(y)
+    a = model[1](model[0](x)).detach()
+    expected = ((rows(e) @ rewire.feedback(model)["2"]) * (1 - a**2)).T @ x
+    torch.testing.assert_close(model[0].weight.grad, expected)
+
+
 def test_what_the_join_makes_is_counted_once_for_each_layer():
     model = rewire.convert(Tokens().double(), DFA(layout="batch_first"))
     for samples, positions in [(6, 3), (6, 3), (5, 3), (4, 2), (6, 3)]:
@@ -566,3 +599,23 @@ def test_a_look_in_inference_mode(rule, look):
                     LOOKS[look](model)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+class CutOff(nn.Linear):
+    """What it returns is a leaf: the graph ends there, by its own forward."""
+
+    def forward(self, x):
+        return super().forward(x).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("rule", ["dfa", "shallow"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_layer_that_cuts_itself_off(rule, at):
+    plain = mlp()
+    plain[at].__class__ = CutOff
+    model = rewire.convert(copy.deepcopy(plain), rule)
+    for each in (plain, settled(model, X, loss_of, 4)):
+        each.zero_grad()
+        loss_of(each(X)).backward()
+    assert model[at].weight.grad is None
+    assert torch.equal(model[4].weight.grad, plain[4].weight.grad)

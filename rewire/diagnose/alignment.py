@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from rewire.diagnose import trust
@@ -120,14 +121,15 @@ class Alignment:
     def __rich__(self) -> Table:
         gamma = "not measurable" if self.gamma is None else f"{self.gamma:.3f}"
         caption = "\n".join(self.flags) if self.flags else "all trust checks passed"
-        table = Table(title=f"{self.title}: Γ = {gamma}{'' if self.ok else ', NOT to be trusted'}", caption=caption)
+        title = f"{self.title}: Γ = {gamma}{'' if self.ok else ', NOT to be trusted'}"
+        table = Table(title=Text(title), caption=Text(caption))  # names may hold what reads as markup
         for column, justify in _COLUMNS:
             table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for layer in self.layers:
             null = _degrees(layer.null_angle)
             if layer.null_spread is not None:
                 null += f" ± {layer.null_spread:.1f}"
-            table.add_row(
+            cells = (
                 layer.name or "(model)",
                 layer.rule,
                 _degrees(layer.weight_angle),
@@ -141,6 +143,7 @@ class Alignment:
                 "-" if layer.growth is None else f"×{layer.growth:.3g}",
                 layer.note,
             )
+            table.add_row(*map(Text, cells))
         return table
 
     def __str__(self) -> str:

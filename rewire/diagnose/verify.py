@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from rewire.arguments import check_model
@@ -118,15 +119,16 @@ class Verification:
         counts = {status: sum(layer.status == status for layer in self.layers) for status in _COLOURS}
         found = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         table = Table(
-            title=f"{self.title}: {'ok' if self.ok else 'NOT ok'}", caption="\n".join([found, *self.problems])
+            title=Text(f"{self.title}: {'ok' if self.ok else 'NOT ok'}"),
+            caption=Text("\n".join([found, *self.problems])),
         )
         for column in ("layer", "type", "rule", "status", "cos to formula", "cos to backprop", "own gradients", "note"):
             table.add_column(column, justify="right" if column.startswith("cos") else "left")
         for layer in self.layers:
             exact = {True: "exact", False: "WRONG", None: "-"}[layer.weight_exact]
-            status = f"[{_COLOURS[layer.status]}]{layer.status}[/]"
+            names = map(Text, (layer.name or "(model)", layer.type, layer.rule))  # they may hold what reads as markup
             cosines = [_show(layer.formula), _show(layer.backprop)]
-            table.add_row(layer.name or "(model)", layer.type, layer.rule, status, *cosines, exact, layer.note)
+            table.add_row(*names, Text(layer.status, _COLOURS[layer.status]), *cosines, exact, Text(layer.note))
         return table
 
     def __str__(self) -> str:

@@ -69,7 +69,7 @@ def find(module: str, name: str, hint: Callable[[], str] = lambda: "", gives: st
 def _build(what: str, factory: Callable[[], Any], batch: int) -> Example:
     made = factory()
     parts = made if isinstance(made, tuple) else (made,)
-    if not isinstance(parts[0], nn.Module) or len(parts) > 3:
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
         raise InputError(f"{what}() returned {type(made).__name__}, not a module, (module, inputs) or with a loss_fn")
     model = parts[0].train()
     loss_fn = parts[2] if len(parts) == 3 else default_loss

@@ -43,6 +43,9 @@ def nothing():
 def a_number():
     return 3
 
+def no_parts():
+    return ()
+
 class Net:
     small = staticmethod(lambda: nn.Linear(2, 2))
 
@@ -205,6 +208,7 @@ def test_a_function_may_bring_its_loss(here: Path) -> None:
         ("given_models:broken", "KeyError: 'no data here'"),
         ("given_models:nothing", "no layer to guess inputs from"),
         ("given_models:a_number", "returned int"),
+        ("given_models:no_parts", "returned tuple, not a module"),
     ],
 )
 def test_a_wrong_name_is_refused_with_the_right_one(here: Path, spec: str, says: str) -> None:

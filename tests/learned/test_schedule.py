@@ -174,6 +174,15 @@ def test_verify_looks_at_one_rule():
     assert found.ok, str(found)
 
 
+def test_a_model_at_rest_counts_no_passes():
+    """What is looked up once for all layers is looked up again."""
+    model = rewire.convert(mlp(), "switch(first=bp, then=dfa, at=2)", scale=0.3)
+    wiring = states_of(model[0])[0].wiring
+    assert wiring.counts
+    wiring.rest()
+    assert not wiring.counts
+
+
 def test_as_text():
     for text in (
         "switch(first='bp', then='dfa', at=100)",
