@@ -28,7 +28,9 @@ def feedback(model: nn.Module) -> dict[str, Tensor]:
         part in a backward pass. With several output layers the keys of direct rules are ``"layer@output"``.
         Layers on ``bp``, and direct ones with nothing to hand back, are absent. Tensors are detached; changing them in
         place changes the feedback of ``fa``, and of direct rules where all of B is kept
-        (:class:`rewire.structures.Dense`). For other structures this is the equivalent B, made for the caller.
+        (:class:`rewire.structures.Dense`): of this model, of copies and pickles of it, and on other devices and in
+        other dtypes. No seed gives it again, so :func:`rewire.config` refuses, and ``state_dict`` never has fixed
+        feedback. For other structures this is the equivalent B, made for the caller.
     """
     found: dict[str, Tensor] = {}
     for module, state in states_in(model):

@@ -25,7 +25,7 @@ from rewire.derivative import DerivativeState, surrogate_class
 from rewire.errors import ConversionError
 from rewire.feedback import streams
 from rewire.importable import name_of
-from rewire.layer_feedback import touched
+from rewire.layer_feedback import changed_feedback
 from rewire.misfit import against_converted, against_plain, derivatives, listed, only_one
 from rewire.roles import certain
 from rewire.rules import LocalRule, resolve
@@ -146,7 +146,7 @@ def load_config(model: M, source: str | os.PathLike[str] | Mapping[str, Any]) ->
 
 
 def _check_untouched(wiring: Wiring) -> None:
-    names = [state.name for state in wiring.layers.values() if touched(state)]
+    names = [state.name for state in wiring.layers.values() if any(changed_feedback(state))]
     if names:
         raise ConversionError(
             listed("fixed feedback was changed in place, so no seed gives it again", [f"layer {n!r}" for n in names])

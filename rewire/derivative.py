@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
 from rewire.errors import PassError
-from rewire.swap import STATE, derive
+from rewire.swap import STATE, derive, swap_back, swap_out
 
 # Not annotated in PyTorch.
 unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
@@ -45,6 +46,18 @@ class DerivativeState:
     def __init__(self, name: str, derivative: Derivative) -> None:
         self.name = name
         self.derivative = derivative
+
+
+@contextmanager
+def own_derivatives(model: nn.Module) -> Iterator[None]:
+    """Activations have their own derivatives inside."""
+    found = [m for m in model.modules() if isinstance(m.__dict__.get(STATE), DerivativeState)]
+    taken = [(module, swap_out(module)) for module in found]
+    try:
+        yield
+    finally:
+        for module, swapped in taken:
+            swap_back(module, swapped)
 
 
 _forward_mode: Any = forward_ad  # not annotated in PyTorch

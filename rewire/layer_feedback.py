@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from rewire import agree, buffers
 from rewire.feedback import quick_normal, standard_normal, streams
@@ -40,7 +41,9 @@ def B_of(
     scale = 1.0 if state.scale is None else state.scale
     place = Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common)
     if not state.learns:
-        return structure.make(place)
+        same = (structure, output, index, shape)
+        changed = next((B for key, B in reversed(changed_feedback(state)[0].items()) if key[:4] == same), None)
+        return structure.make(place) if changed is None else _moved(changed, structure.kept(place), device)
     name = buffers.name_of(state, "B", index, output)
     held = state.learned.get(name)
     needed = structure.own_shape(shape)
@@ -104,9 +107,11 @@ def dense_feedback(state: LayerState, module: nn.Module) -> dict[tuple[str, int]
             used[place] = feedback
     near = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
     for (output, index), shape in state.shapes.items():
-        if (output, index) not in used:
-            structure = state.structures[output, index]
-            used[output, index] = B_of(state, structure, output, index, shape, near.dtype, near.device)
+        if (output, index) not in used:  # and is what will be used from now on
+            at = state.kept_as.get((output, index))
+            if at is None or at[1] != near.device:
+                at = near.dtype, near.device
+            used[output, index] = made_for(state, output, index, shape, at)
     return {place: B.dense() if isinstance(B, Feedback) else B for place, B in used.items()}
 
 
@@ -122,10 +127,36 @@ def keeps_tensors(state: LayerState) -> bool:
     return all(isinstance(made_for(state, *place, shape), Tensor) for place, shape in state.shapes.items())
 
 
-def touched(state: LayerState) -> bool:
-    """Whether somebody changed its fixed feedback in place, so that it is not what the seed gives."""
-    kept = [] if state.learns else [*state.randoms.values(), *state.made.values()]
-    return any(isinstance(B, Tensor) and not B.is_inference() and B._version > 0 for B in kept)
+# What LayerState.made and LayerState.randoms hold: tensors, and what a direct rule needs in place of one.
+Kept = dict[tuple[Any, ...], Any]
+
+
+def changed_feedback(state: LayerState) -> tuple[Kept, Kept]:
+    """Of fixed feedback (B of direct rules, R of local ones) what somebody changed in place: no seed gives it again."""
+    made: Kept = {} if state.learns else state.made  # threads may add to it
+    return {key: B for key, B in tuple(made.items()) if _is_changed(B)}, changed_randoms(state)
+
+
+def changed_randoms(state: LayerState) -> Kept:
+    """The second of :func:`changed_feedback`."""
+    return {key: R for key, R in state.randoms.items() if _is_changed(R)}
+
+
+def note_changed(kept: Kept) -> None:
+    """Copies of what was changed count as changed too: a copy of theirs has to have it as well."""
+    for tensor in kept.values():
+        increment_version(tensor)
+
+
+def _is_changed(B: Tensor | Feedback) -> bool:
+    return isinstance(B, Tensor) and not B.is_inference() and B._version > 0
+
+
+def _moved(changed: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same feedback for passes of another dtype, or on another device."""
+    moved = changed.to(device=device, dtype=dtype)
+    increment_version(moved)
+    return moved
 
 
 def random(
@@ -141,7 +172,12 @@ def random(
     key = (shape, dtype, device, rule.magnitude)
     found = state.randoms.get(key)
     if found is None:
+        changed = changed_randoms(state)
+        same = next((R for k, R in reversed(changed.items()) if (k[0], k[-1]) == (shape, rule.magnitude)), None)
+        if same is not None:
+            state.randoms = {**changed, key: (found := _moved(same, dtype, device))}
+            return found
         unit = standard_normal(shape, seed=state.wiring.seed, name=state.name)
         found = ((unit.abs_() if rule.magnitude else unit) * state.std).to(device=device, dtype=dtype)
-        state.randoms = {key: found}
+        state.randoms = {**changed, key: found}
     return found

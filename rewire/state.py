@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rewire import buffers, distributed, handback, layer_feedback, learning, scale
+from rewire.layer_feedback import changed_feedback, note_changed
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learned import PREFIX
 from rewire.ready import prepare, traceable
@@ -173,12 +174,13 @@ class LayerState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Fixed feedback is made again from its seed: copies and files stay small, and cannot go stale.
+        made, randoms = changed_feedback(self)
         return {
             **self.__dict__,
             "_draws": self.draws,
-            "randoms": {},
+            "randoms": randoms,
             "routes": {},
-            "made": {},
+            "made": made,
             "last": None,
             "mirror": None,
             "fixed": (),
@@ -190,6 +192,11 @@ class LayerState:
             "probe": None,
             "glanced": None,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        note_changed(self.made)
+        note_changed(self.randoms)
 
     def let_go(self) -> None:
         """Its module is gone, or converted no longer. With the last one goes what would wait for a garbage collector.

@@ -22,7 +22,7 @@ from rewire.diagnose.match import Match, close
 from rewire.diagnose.watch import Layer, Randomness, Seen
 from rewire.errors import RoutingError
 from rewire.feedback import quick_normal, standard_normal
-from rewire.layer_feedback import made_for
+from rewire.layer_feedback import changed_randoms, made_for, random
 from rewire.learning import glance, rows_of
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule, Rule
@@ -162,6 +162,8 @@ def backward_weight(state: LayerState, W: Tensor, draw: int, module: nn.Module) 
     seed, name = state.wiring.seed, state.name
     if rule.redraw:
         R = quick_normal(W.shape, seed=seed, name=name, draw=draw, scale=s)
+    elif changed_randoms(state):  # no seed gives it
+        R = random(state, rule, W.shape, W.dtype, W.device)
     else:
         R = s * standard_normal(W.shape, seed=seed, name=name)
     R = R.to(W.device, W.dtype)
@@ -250,7 +252,8 @@ class Local:
             else:
                 self._use(ours, call, layer)
         if not left:
-            ours.state.randoms, ours.state.local = {}, None  # made from the seed again if anybody asks
+            # What is not kept is made from the seed again if anybody asks.
+            ours.state.randoms, ours.state.local = changed_randoms(ours.state), None
 
     def _show(self, ours: Seen, B: Tensor) -> None:
         used = self._used(ours.name).get(ours.state.name)

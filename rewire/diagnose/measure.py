@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from rewire.ask import feedback
 from rewire.convert import use_rule
-from rewire.derivative import DerivativeState
+from rewire.derivative import own_derivatives
 from rewire.diagnose.verify import weights_of
 from rewire.diagnose.watch import (
     Buffers,
@@ -34,10 +33,10 @@ from rewire.diagnose.watch import (
     settle,
 )
 from rewire.feedback import standard
+from rewire.layer_feedback import changed_feedback
 from rewire.rules.base import BP, DirectRule, LocalRule, Rule
 from rewire.rules.direct import DFA
 from rewire.rules.local import FA
-from rewire.swap import STATE, swap_back, swap_out
 
 LEARNED = "rewire_"
 """What names of parameters and buffers begin with that belong to a rule, not to the model."""
@@ -97,11 +96,11 @@ class Twin:
 
     def under_fresh_feedback(self, count: int) -> Iterator[Gradients]:
         """3."""
-        before = {state: (state.rule, state.wiring.seed) for state in self.states.values()}
+        before = {state: (state.rule, state.wiring.seed, *changed_feedback(state)) for state in self.states.values()}
         for number in range(count):
             for layer in self.layers.values():
                 state = layer.state
-                rule, seed = before[state]
+                rule, seed, *_ = before[state]
                 state.rule = _by_chance(rule, layer.module)
                 state.wiring.seed = _seed(seed, number)
                 state.wiring.common = {}
@@ -110,14 +109,15 @@ class Twin:
             if any(state.ran and not state.settled for state in self.states.values()):
                 settle(self.states.values(), self._plainly)  # a rule that learns may have had no scale
             yield self._plainly()
-        for state, (rule, seed) in before.items():
+        for state, (rule, seed, made, randoms) in before.items():
             state.rule, state.wiring.seed, state.wiring.common = rule, seed, {}
             state.forget_feedback()
+            state.made, state.randoms = made, randoms
             state.refresh()
 
     def under_backprop(self) -> Watched:
         """2."""
-        with use_rule(self.model, BP()), self._own_derivatives():
+        with use_rule(self.model, BP()), own_derivatives(self.model):
             return self._watched()
 
     def with_weights_moved(self) -> Gradients:
@@ -127,7 +127,7 @@ class Twin:
                 if p.is_floating_point() and not belongs_to_rule(name):
                     signs = standard(p.shape, seed=0, name=name, distribution="binary")
                     p.addcmul_(p, signs.to(p), value=torch.finfo(p.dtype).eps)
-        with use_rule(self.model, BP()), self._own_derivatives():
+        with use_rule(self.model, BP()), own_derivatives(self.model):
             return self._plainly()
 
     # -- parts ---------------------------------------------------------------------------------------
@@ -179,17 +179,6 @@ class Twin:
                 if first != name:
                     shared[name] = first
         return weights, shared
-
-    @contextmanager
-    def _own_derivatives(self) -> Iterator[None]:
-        """Without surrogates (``convert(derivative=...)``)."""
-        found = [m for m in self.model.modules() if isinstance(m.__dict__.get(STATE), DerivativeState)]
-        taken = [(module, swap_out(module)) for module in found]
-        try:
-            yield
-        finally:
-            for module, swapped in taken:
-                swap_back(module, swapped)
 
 
 def belongs_to_rule(name: str) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from rewire.arguments import check_model
 from rewire.ask import feedback
 from rewire.convert import restore
+from rewire.derivative import own_derivatives
 from rewire.diagnose.formula import Local, context, fed_back, follows, signal
 from rewire.diagnose.graph import Flow, may_be_outputs
 from rewire.diagnose.match import Match, alike, all_close, cosine, largest
@@ -51,7 +52,7 @@ from rewire.diagnose.watch import (
     take_gradients,
 )
 from rewire.errors import ConversionError, RoutingError, some
-from rewire.layer_feedback import all_made
+from rewire.layer_feedback import all_made, changed_feedback
 from rewire.layers.registry import kind_of
 from rewire.learned import names as learned_names
 from rewire.rules.base import BP, DirectRule, LearnedDirect, LocalRule
@@ -314,7 +315,8 @@ class _Verify:
 
         model = copy_of(self.model)
         try:
-            restore(model)
+            with own_derivatives(model):  # which stay another's, as in the pass of plain backprop
+                restore(model)
         except ConversionError:  # a class of somebody else's on top, of a parametrization for instance
             return
         take_gradients(model)
@@ -553,7 +555,8 @@ class _Verify:
                 return UNROUTED if direct else WRONG, "nothing was handed back"
             return WRONG, f"what was handed back is {_BACKPROP if as_backprop else _NOT_THE_RULE}"
         if as_backprop and type(state.rule).__module__.startswith("rewire.rules."):
-            if isinstance(state.rule, LocalRule) and not state.rule.random:
+            set_so = isinstance(rule, LocalRule) and not rule.random
+            if set_so or rule.learns or any(changed_feedback(state)):
                 return LIVE, "the rule comes to the same as backprop here"
             return WRONG, f"what was handed back is {_BACKPROP}"
         if not direct:

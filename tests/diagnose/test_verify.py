@@ -595,3 +595,35 @@ def test_positions_that_get_the_errors_of_others(there, back, ok):
     result = rewire.verify(model, torch.randn(3, 7, 5, dtype=torch.float64), lambda out: out.square().mean())
     assert result.ok == ok
     assert [layer.name for layer in result.layers if layer.status == "wrong"] == ([] if ok else ["inner"])
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "dfa", "shallow"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_derivatives_of_somebody_elses(rule, inplace):
+    layers = (nn.Linear(5, 7), nn.ReLU(inplace), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+    model = rewire.convert(
+        nn.Sequential(*layers), rule, derivative={nn.ReLU: torch.sigmoid, nn.Tanh: lambda a: (a.abs() < 1).to(a)}
+    )
+    x = torch.randn(4, 5)
+    for _ in range(2):
+        result = rewire.verify(model, x, lambda out: out.square().sum())
+        assert result.ok, str(result)
+        model(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_feedback_that_has_learned_the_weight(ridge, dtype):
+    """It hands back what backprop does, and is not called wrong for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 10)).to(dtype)
+    rewire.convert(model, f"fitted(ridge={ridge})")
+    x, labels = torch.randn(64, 8, dtype=dtype), torch.randint(10, (64,))
+
+    def loss_of(out):
+        return nn.functional.cross_entropy(out, labels)
+
+    for _ in range(2):
+        loss_of(model(x)).backward()
+    result = rewire.verify(model, x, loss_of)
+    assert result.ok, str(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import rewire
+from rewire.rules.direct import DRTP
 
 from ..reference import networks
 from ..reference.networks import DIRECT, LOCAL, RULES, direct_feedback
@@ -330,6 +332,58 @@ def test_drtp_without_targets_names_both_ways_out(scale):
     with pytest.raises(rewire.RewireError, match=r"(?s)rewire\.targets.*cross-entropy"):
         for _ in range(2):
             run(problem)
+
+
+def drtp_signal(loss, y, labels):
+    """y* as read off the error of ``loss`` at y."""
+    y = y.clone().requires_grad_()
+    loss(y, labels).backward()
+    return DRTP().signal(y.grad, None, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gap", [0, 4, 6, 8, 12, 15, 16, 17, 18, 30, 70])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_drtp_knows_targets_of_samples_that_are_known_well(dtype, gap, reduction, rows):
+    """Where softmax(y) is 1 but for a rounding error, and where it is 1."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(rows) % 5
+    hot = torch.nn.functional.one_hot(labels, 5)
+    y = (torch.randn(rows, 5, generator=generator) + gap * hot).to(dtype)
+    loss = functools.partial(torch.nn.functional.cross_entropy, reduction=reduction)
+    assert torch.equal(drtp_signal(loss, y, labels), hot.to(dtype))
+
+
+def test_drtp_reads_nothing_off_a_sample_that_has_no_error():
+    y = torch.zeros(2, 3)
+    y[0, 1] = 200
+    found = drtp_signal(torch.nn.functional.cross_entropy, y, torch.tensor([1, 2]))
+    assert found.tolist() == [[0, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y, labels: torch.nn.functional.binary_cross_entropy_with_logits(y, torch.eye(5)[labels]),
+        lambda y, labels: torch.nn.functional.mse_loss(y, torch.eye(5)[labels]),
+        lambda y, labels: torch.nn.functional.cross_entropy(y, labels, label_smoothing=0.1),
+        lambda y, labels: torch.nn.functional.mse_loss(y[:, :1], labels[:, None].float()),
+        lambda y, labels: y.sum(),
+        lambda y, labels: (y[:, 0] - y[:, 1:].sum(1)).sum(),
+    ],
+    ids=["sigmoids", "squares", "smoothed", "one output", "sum", "not balanced"],
+)
+def test_drtp_reads_no_targets_off_other_losses(loss):
+    generator = torch.Generator().manual_seed(1)
+    y = 4 * torch.randn(6, 5, generator=generator)
+    with pytest.raises(rewire.PassError, match="does not show them"):
+        drtp_signal(loss, y, torch.arange(6) % 5)
+
+
+def test_drtp_reads_no_targets_off_one_output():
+    with pytest.raises(rewire.PassError, match="does not show them"):
+        drtp_signal(lambda y, t: (y - t).square().sum() * 1e-9, torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]))
 
 
 # -- beside the plain case --------------------------------------------------------------------------
