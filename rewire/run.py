@@ -26,7 +26,7 @@ from rewire.roles import Role
 from rewire.rows import is_new, note_rows, refuse_picks
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule
 from rewire.state import LayerState
-from rewire.streaming import stream_of
+from rewire.streaming import stream_of, streaming
 from rewire.transforms import transformed, transformed_output
 
 # Looked up once: these run in every call of every layer.
@@ -82,7 +82,7 @@ def _run(
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
-    if not _takes_part(module, args, kwargs):
+    if not _takes_part(module, args, kwargs) and not _was_cut(state, args, kwargs):
         return idle(state, forward(module, *args, **kwargs))
     if state.idle:
         state.wake()
@@ -126,6 +126,12 @@ def _run(
     x = args[0] if args else None
     pick = note_rows(state, x) if (state.picks or is_new(state)) and isinstance(x, Tensor) else None
     return finish(state, output, sources_of(args, kwargs), [], [], 0, pick)
+
+
+def _was_cut(state: LayerState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an input needs no gradient any more only because another layer of a streamed pass was fed with it."""
+    stream = None if streaming.get() is None else stream_of(state)
+    return stream is not None and any(stream.has_cut(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
 
 
 def _takes_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rewire.arguments import check_loss, check_model
 from rewire.edges import alias, port, wall_at
@@ -235,6 +236,10 @@ class _Survey(Stream):
         tickets = [self._ticket] if call.inputs else []
         return finish(state, forward(module, *args, **kwargs), sources, tickets, errors, len(call.inputs))
 
+    def has_cut(self, x: Tensor) -> bool:
+        """Never: inputs stay as they are."""
+        return False
+
     def _place(self, x: Tensor) -> Edge | Tensor:
         if x.grad_fn is None:
             return x
@@ -294,6 +299,7 @@ class _Pieces(Stream):
         self._tickets: dict[int, list[Tensor]] = {}
         self._cut: dict[int, Tensor] = {}  # what stands in for a tensor that is cut already
         self._left = [wall.uses for wall in found.walls]
+        self._detached = WeakIdKeyDictionary()  # by tensor
 
     def direct(
         self,
@@ -353,6 +359,7 @@ class _Pieces(Stream):
         self._tickets.setdefault(wall.piece, []).append(port(source, feed))
         if wall.detach:
             x.detach_()
+            self._detached[x] = True
         if not more:
             self._cut.pop(number, None)
 
@@ -360,6 +367,9 @@ class _Pieces(Stream):
         if roots:
             with _no_autocast():
                 torch.autograd.backward(roots)
+
+    def has_cut(self, x: Tensor) -> bool:
+        return x in self._detached
 
     def joined(self, error: OutputError, y: Tensor) -> None:
         """Never called."""

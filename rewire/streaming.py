@@ -37,6 +37,9 @@ class Stream(Protocol):
     ) -> Any:
         """In place of cutting the layer off from its input."""
 
+    def has_cut(self, x: Tensor) -> bool:
+        """Whether x was part of the graph until a layer was fed with it."""
+
     def joined(self, error: OutputError, y: Tensor) -> None:
         """An output layer was joined to the pass; ``y`` is its output."""
 

@@ -1003,6 +1003,29 @@ def test_layers_frozen_one_after_another(frozen):
     side_by_side(ordinary)
 
 
+class SideBySide(nn.Module):
+    """Three layers are fed with one tensor; what one of them makes of the input itself is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, CLASSES)
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        once = torch.tanh(self.k(x))  # nothing to hand back to
+        h = self.norm(x)
+        return self.head(torch.tanh(self.q(h)) * torch.tanh(self.k(h)) * torch.tanh(self.v(h)) + once)
+
+
+@pytest.mark.parametrize("frozen", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+def test_frozen_layers_beside_others(frozen, plans):
+    model = seeded(SideBySide).to(x8)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    side_by_side(settled(rewire.convert(model, "dfa", skip="cut"), x8, loss_of))
+    assert plans
+
+
 @pytest.mark.parametrize("rule", ["bp", "fa", "usf", "frsf", "brsf"])
 def test_a_settled_layer_under_another_rule(rule):
     """On its shortest way: e is looked for where gradients are on."""
