@@ -126,6 +126,10 @@ def convert(
             for part in parts_of(choice.rule):
                 state.learner = state.learner or learner_for(state, choice.module, part, shared)
             state.refresh()
+        parts: dict[nn.Module, list[LayerState]] = {}
+        for choice, state in zip(choices, states, strict=True):
+            parts.setdefault(choice.module, []).append(state)
+        planned = hosts.plan(model, parts)
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
         _put_back(earlier)
@@ -147,7 +151,7 @@ def convert(
         hosts.remove(module)
         jvp.remove(module)
     jvp.attach(model, [choice.rule for choice in choices], wiring)
-    hosts.attach(model, {choice.module: states_of(choice.module) for choice in choices})
+    hosts.attach(planned)
     return model
 
 

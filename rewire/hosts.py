@@ -135,8 +135,12 @@ def _unseen(state: LayerState, gradient: Tensor) -> None:
     state.dead("another module uses its weight where nobody can see it")
 
 
-def attach(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> None:
-    """Make a host of every module above a layer that is more than a container."""
+def plan(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> list[tuple[nn.Module, Host]]:
+    """The hosts there have to be: of every module above a layer that is more than a container.
+
+    Args:
+        states: of the layers to be converted, which are noted there.
+    """
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names.setdefault(module, name)
@@ -162,10 +166,14 @@ def attach(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> None:
                 if nearest and not _calls_children(module):
                     host.children.append(entry)
             nearest = False
-    for name, host in hosts.items():
-        # PyTorch's own modules take their fast path only where no hooks are attached.
-        if host.below and not _calls_children(by_name[name]):
-            _hook(by_name[name], host)
+    # PyTorch's own modules take their fast path only where no hooks are attached.
+    return [(by_name[n], host) for n, host in hosts.items() if host.below and not _calls_children(by_name[n])]
+
+
+def attach(planned: list[tuple[nn.Module, Host]]) -> None:
+    """Have the modules of a :func:`plan` watch their layers."""
+    for module, host in planned:
+        _hook(module, host)
 
 
 def register() -> None:
@@ -176,7 +184,9 @@ def register() -> None:
 
 def _calls_children(module: nn.Module) -> bool:
     """Whether the forward is one of PyTorch's own, which call the layers they are made of."""
-    return type(module).forward.__module__.startswith("torch.nn.modules.")
+    made_in = type(module).forward.__module__
+    # What torch.fx generates is from no module.
+    return isinstance(made_in, str) and made_in.startswith("torch.nn.modules.")
 
 
 def _hook(module: nn.Module, host: Host) -> None:

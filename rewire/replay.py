@@ -36,7 +36,7 @@ class Before:
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._inputs = [(x, x._version) for x in tensors if not x.is_inference()]
         self._draws = [(state, state.draws) for state in layers]
-        self._buffers = [_Buffers(module._buffers) for module in model.modules()]
+        self._buffers = [BuffersOf(module._buffers) for module in model.modules()]
         self._cpu = torch.get_rng_state()
         on_devices = [*model.parameters(), *model.buffers(), *tensors]
         self._devices, self._device_states = get_device_states(*on_devices)
@@ -70,8 +70,8 @@ class Before:
             buffers.put_back()
 
 
-class _Buffers:
-    """Those of one module."""
+class BuffersOf:
+    """Those of one module, as they are now."""
 
     def __init__(self, owner: dict[str, Tensor | None]) -> None:
         self._owner = owner
@@ -79,6 +79,7 @@ class _Buffers:
         self._values = {name: _once(b.detach()).clone() for name, b in self._before.items() if b is not None}
 
     def put_back(self) -> None:
+        """Give them the values they had, and the module no others."""
         for name in [name for name in self._owner if name not in self._before and not name.startswith(PREFIX)]:
             del self._owner[name]
         self._owner.update(self._before)

@@ -24,6 +24,7 @@ from rewire.errors import RoutingError
 from rewire.feedback import quick_normal, standard_normal
 from rewire.layer_feedback import changed_randoms, made_for, random
 from rewire.learning import glance, rows_of
+from rewire.replay import BuffersOf
 from rewire.routing import route_to
 from rewire.rules.base import DirectRule, LearnedLocal, LocalRule, Rule
 from rewire.rules.direct import DFA, SDFA, Shallow
@@ -277,7 +278,7 @@ class Local:
         parent: Any = getattr(type(module), "_rewired_from", type(module))
         own = layer.state.kind.own(module)
         others = [p for p in module.parameters() if p is not own]
-        buffers = [(b, b.detach().clone(), b._version) for b in module.buffers()]
+        buffers = [BuffersOf(part._buffers) for part in module.modules()]
         random = Randomness()
         split = _Split(ours, layer.module, ours.state.kind.look(module).shape, others)
         (args, kwargs), xs = _fresh(call.args, ours)
@@ -290,10 +291,8 @@ class Local:
             call.state.busy.discard(get_ident())
             call.state.ran = watched
         random.put_back()
-        with torch.no_grad():
-            for buffer, kept, version in buffers:
-                if buffer._version != version:  # what only was read may be a part of the graph
-                    buffer.copy_(kept)
+        for kept in buffers:
+            kept.put_back()
         if split.found is not None:
             self._show(ours, split.found)
             _expect(ours, y, xs)

@@ -627,3 +627,27 @@ def test_feedback_that_has_learned_the_weight(ridge, dtype):
         loss_of(model(x)).backward()
     result = rewire.verify(model, x, loss_of)
     assert result.ok, str(result)
+
+
+class Scaled(nn.Linear):
+    """Its weight is divided by what a norm of its own has seen, as in training for quantisation."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.norm = nn.BatchNorm1d(sizes[1])
+
+    def forward(self, x):
+        spread = (self.norm.running_var + 1e-5).sqrt()
+        return self.norm(nn.functional.linear(x, self.weight / spread[:, None], self.bias)) * spread
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "dfa"])
+def test_layers_with_batch_statistics_of_their_own(rule):
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(6, 8), nn.Tanh(), Scaled(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    rewire.convert(model, rule)
+    x = torch.randn(16, 6)
+    for _ in range(2):
+        model(x).square().sum().backward()
+    result = rewire.verify(model, x, lambda out: out.square().sum())
+    assert result.ok, str(result)
