@@ -24,7 +24,7 @@ import torch.autograd.forward_ad as forward_mode
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from rewire import learning
 from rewire.errors import PassError
@@ -132,8 +132,7 @@ class Probe:
 
     def __enter__(self) -> Probe:
         for state in self._wiring.layers.values():
-            if state in self._chosen or state.role is Role.OUTPUT:
-                state.probe = self
+            state.probe = self
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,6 +145,7 @@ class Probe:
         """A layer's forward, with a tangent at each input if it is a chosen one."""
         if get_ident() != self._thread:
             return forward(module, *args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, _of_one_dtype, (args, kwargs))
         if state in self._chosen:
             args, kwargs = self._put(state, args, kwargs)
         output = forward(module, *args, **kwargs)
@@ -181,6 +181,12 @@ class Probe:
         name = f"{state.name}:tangent:{len(self.put)}:{rank}"
         v = quick_normal(x.shape, seed=self._wiring.seed, name=name, draw=self._wiring.passes, scale=1.0)
         return v.to(device=x.device, dtype=x.dtype)
+
+
+def _of_one_dtype(x: Tensor) -> Tensor:
+    """x, its tangent in its own dtype: under autocast PyTorch's norms make one in float32 for x in bfloat16."""
+    primal, tangent = _unpack(x)
+    return x if tangent is None or tangent.dtype == primal.dtype else _dual(primal, tangent.to(primal.dtype))
 
 
 def probe(

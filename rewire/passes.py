@@ -46,6 +46,7 @@ class OutputError:
         pick: how the rows of the output layer's input, and so of e, were picked from the batch, if they were.
         ports: how many inputs of upstream calls will ask for e.
         voted: this pass counted towards the layer being an output layer.
+        straight: it was looked for what puts rows elsewhere, and nothing below does.
     """
 
     __slots__ = (
@@ -63,6 +64,7 @@ class OutputError:
         "ports",
         "shared",
         "state",
+        "straight",
         "targets",
         "voted",
     )
@@ -77,6 +79,7 @@ class OutputError:
         self.pick: Pick | None = None
         self.ports = 0
         self.voted = False
+        self.straight = False
         self._seen = -2  # the newest backward pass in which any gradient came by here
         self._arrived = -2  # the newest one in which it was the output error
         self._hidden = False

@@ -62,16 +62,20 @@ def pours_below(
     return {call: pours[0] for call, pours in found.items() if len(pours) == 1 and pours[0] is not None}
 
 
+def pours(node: Node) -> bool:
+    """Whether a node is of an operation that adds up rows by index."""
+    return node.name().startswith(_POURS)
+
+
 def _same(one: Pick | None, other: Pick | None) -> bool:
     return one is other or (one is not None and other is not None and one.same(other))
 
 
 def _made(node: Any) -> Pick | None:
     """Where each row of what a node adds goes."""
-    name = node.name()
-    if not name.startswith(_POURS):
+    if not pours(node):
         return None
-    shape = shape_of(node)
+    name, shape = node.name(), shape_of(node)
     if name.startswith("IndexPutBackward"):
         indices = node._saved_indices
         index = indices[0] if len(indices) == 1 else None

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from rewire.errors import PassError
-from rewire.nodes import Node
+from rewire.nodes import Node, puts_behind
 from rewire.parts import parts_below
 from rewire.passes import (
     CALL,
@@ -21,7 +21,7 @@ from rewire.passes import (
     upstream,
 )
 from rewire.picks import Pick, Unclear, pick_of
-from rewire.pours import pours_below
+from rewire.pours import pours, pours_below
 from rewire.roles import Role
 from rewire.rules.base import DirectRule
 from rewire.spread import spread_below
@@ -61,7 +61,8 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
     def sources(lower: Call) -> Sequence[Node]:
         return [] if lower.state.wiring is not wiring else lower.sources
 
-    rows = rows_below(call.sources, y.shape, error.axis, call.pick is not None, call_of, sources)
+    error.straight = _is_straight(call)
+    rows = rows_below(call.sources, y.shape, error.axis, call.pick is not None, call_of, sources, error.straight)
     found: dict[Call, OutputError] = {}
     for lower, of in rows.items():
         state = lower.state
@@ -75,6 +76,30 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
     return found
 
 
+def _is_straight(call: Call) -> bool:
+    """Whether nothing below puts rows behind one another, or adds them up by index.
+
+    In the first passes every layer may be an output layer. What was found below one of them is not looked for again:
+    such passes would cost the square of the number of layers.
+    """
+    stack = [*call.sources]
+    visited = set(stack)
+    while stack:
+        node = stack.pop()
+        lower = call_of(node)
+        if lower is None:
+            if puts_behind(node) or pours(node):
+                return False
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+        elif lower.own and not lower.own[0].straight:
+            return False
+        else:
+            parents = [] if lower.own or lower.state.wiring is not call.state.wiring else [*lower.sources]
+        stack += [parent for parent in parents if parent not in visited]
+        visited.update(parents)
+    return True
+
+
 def rows_below(
     roots: Iterable[Node],
     shape: tuple[int, ...],
@@ -82,6 +107,7 @@ def rows_below(
     chosen: bool,
     call_at: Callable[[Node], C | None],
     sources_of: Callable[[C], Iterable[Node]],
+    straight: bool = False,
 ) -> dict[C, Callable[[Tensor], Tensor]]:
     """The calls below an output that do not see its error row by row as it is: what makes of it what each sees.
 
@@ -91,11 +117,13 @@ def rows_below(
         chosen: its rows were picked from the batch.
         call_at: the call whose output a node is.
         sources_of: graph nodes of its inputs.
+        straight: nothing below puts rows behind one another, or adds them up by index.
     """
     rows: dict[C, Callable[[Tensor], Tensor]] = {}
-    if not chosen and len(shape) > 1:
+    if not chosen and len(shape) > 1 and not straight:
         rows.update(parts_below(roots, shape[0], call_at, sources_of))
-    rows.update(pours_below(roots, call_at, sources_of))
+    if not straight:
+        rows.update(pours_below(roots, call_at, sources_of))
     if not chosen and len(shape) == 3 and axis == -1:
         rows = spread_below(roots, shape, call_at, sources_of) | rows
     return rows

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import rewire
+from rewire import rows
 from rewire.routing import plan
 from rewire.rules.direct import DFA, DRTP, SDFA
 
@@ -1027,3 +1028,16 @@ def test_errors_of_flattened_steps_reach_their_images_and_the_guess_is_said_once
                 close(seen["b"][i], wanted[:, None, None].expand(3, 6, 6).numpy(), length)
     said = [str(w.message) for w in caught if "one sample after another" in str(w.message)]
     assert len(said) == 1 and "'b'" in said[0] and "'head'" not in said[0].split(":")[0], said
+
+
+@pytest.mark.parametrize("depth", [10, 40])
+def test_first_passes_look_at_each_node_once(depth, monkeypatch):
+    """Where every layer may be an output layer, what lies below is not walked again from each of them."""
+    looked = []
+    plain = rows.puts_behind
+    monkeypatch.setattr(rows, "puts_behind", lambda node: looked.append(node) or plain(node))
+    monkeypatch.setattr(rows, "parts_below", lambda *args: pytest.fail("nothing here puts rows behind one another"))
+    layers = [m for _ in range(depth) for m in (nn.Linear(4, 4), nn.Tanh())]
+    rewire.convert(model := nn.Sequential(*layers), "dfa", scale=0.1)
+    model(torch.randn(3, 4)).sum().backward()
+    assert len(looked) < 6 * depth

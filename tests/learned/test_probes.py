@@ -423,3 +423,25 @@ def test_which_inputs_a_part_of_the_batch_is_cut_from():
     assert kwargs["y"][0].equal(y[:4]) and kwargs["n"] is number and kwargs["s"] == "x"
     assert kwargs["wide"].shape == (2, 6)
     assert _slice(((x,), {}), 9)[0][0].equal(x)
+
+
+class Normed(nn.Sequential):
+    """A norm on what autocast made bfloat16, in front of a layer: PyTorch gives its tangent in float32."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(5, 8), nn.Linear(8, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 3))
+
+
+def test_probes_under_autocast():
+    x, y = data(64)
+    learned = []
+    for mixed in (False, True):
+        model = build(kind=Normed, scale=0.3)
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                out = model(x)
+            nn.functional.cross_entropy(out.float(), y).backward()
+            model.zero_grad()
+        learned.append({name: B.double().flatten() for name, B in rewire.feedback(model).items()})
+    for name, B in learned[0].items():
+        assert torch.cosine_similarity(B, learned[1][name], 0) > 0.99, name
