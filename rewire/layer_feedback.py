@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from rewire.state import LayerState
 
 
+_SIZES = 8  # of one input, whose B are kept
+
+
 def B_of(
     state: LayerState,
     structure: Structure,
@@ -84,9 +87,32 @@ def made_for(
     dtype, device = like or state.kept_as.get((output, index), (torch.float32, torch.device("cpu")))
     key = (state.structures[output, index], output, index, shape, dtype, device)
     made = state.made  # as in rewire.ways
-    if key not in made:
-        made[key] = B_of(state, *key)
-    return made[key]
+    found = made.get(key)
+    return keep(state, made, key) if found is None else found
+
+
+def keep(state: LayerState, made: Kept, key: tuple[Any, ...]) -> Tensor | Feedback:
+    """Make B, and keep it in ``made``. Of many sizes of inputs that is so for the newest; others are made again.
+
+    Args:
+        key: what :func:`B_of` is called with.
+    """
+    of = key[1:3]  # output layer and input
+    oldest = dict.fromkeys(
+        k[3] for k, B in tuple(made.items()) if k[1:3] == of and k[3] != key[3] and not _is_changed(B)
+    )
+    if len(oldest) >= _SIZES and not state.learns:
+        for k in [k for k in tuple(made) if k[1:3] == of and k[3] == next(iter(oldest))]:
+            made.pop(k, None)
+        state.routes = {}  # they hold it too
+        state.wiring.warn_once(
+            "sizes",
+            f"layer {state.label} gets inputs of more than {_SIZES} sizes, and each has feedback of its own, "
+            f"{'×'.join(map(str, key[3]))} numbers now: only the newest {_SIZES} are kept, others are drawn again. "
+            "feedback='channel' has the same for all sizes",
+        )
+    B = made[key] = B_of(state, *key)
+    return B
 
 
 def held_B(state: LayerState, output: str, index: int) -> Tensor:

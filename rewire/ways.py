@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rewire.errors import PassError, RoutingError
-from rewire.layer_feedback import B_of
+from rewire.layer_feedback import keep
 from rewire.routing import Route, route_to
 from rewire.rules.base import DirectRule
 from rewire.structures import Feedback, Structure
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # How one shape of e reaches one shape of x, the feedback on the way, and the shape of its dense equivalent.
 Way = tuple[Route, Tensor | Feedback, tuple[int, ...]]
 
+_ROUTES = 256  # that a layer remembers: the number of an output's rows may be another in each pass
 _AND_OTHERS = " and, likewise, others below that output layer"
 
 
@@ -44,6 +45,8 @@ def find(
     routes = state.routes  # as ``made`` in _route
     found = routes.get(key)
     if found is None:
+        if len(routes) >= _ROUTES:
+            routes = state.routes = {}
         found = routes[key] = _route(state, rule, structure, error, index, shape, e_shape, dtype, device)
     route, feedback, needed = found
     if state.learns and (error.state.name, index) not in state.shapes:
@@ -127,7 +130,7 @@ def _route(
     made = state.made  # of the scale as it is: another thread may take in a measured one, and begin anew
     feedback = made.get(key)
     if feedback is None:
-        feedback = made[key] = B_of(state, *key)
+        feedback = keep(state, made, key)
     if isinstance(feedback, Feedback) and feedback.width != needed[0]:
         route = plan(state, rule, error, shape, heard(feedback, e_shape, error.axis), structure.routing)
     return route, feedback, needed

@@ -1573,13 +1573,13 @@ def test_a_nested_tensor_is_refused():
         model(ragged)
 
 
-@pytest.mark.parametrize("where", ["ways.B_of", "handback.find", "layer_feedback.B_of"])
+@pytest.mark.parametrize("where", ["layer_feedback.B_of", "handback.find"])
 def test_a_scale_taken_in_while_another_thread_makes_feedback(monkeypatch, where):
     """What was made of the scale before does not outlive it."""
-    from rewire import handback, layer_feedback, scale, ways
+    from rewire import handback, layer_feedback, scale
 
     module, name = where.split(".")
-    there = {"ways": ways, "handback": handback, "layer_feedback": layer_feedback}[module]
+    there = {"handback": handback, "layer_feedback": layer_feedback}[module]
     plain = getattr(there, name)
     old = SCALE
     model = ready("dfa", later=True)
@@ -1594,8 +1594,6 @@ def test_a_scale_taken_in_while_another_thread_makes_feedback(monkeypatch, where
         return made
 
     monkeypatch.setattr(there, name, meanwhile)
-    if module == "layer_feedback":
-        layer_feedback.made_for(state, "4", 0, state.shapes["4", 0])
     LOSS(model(X)).backward()
     model.zero_grad()
     LOSS(model(X)).backward()

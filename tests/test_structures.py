@@ -958,18 +958,58 @@ def test_local_rules_take_no_notice():
     assert rewire.feedback(model)["0"].shape == (7, 5)
 
 
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(2, 3, 2), nn.Conv2d(3, 5, 2), nn.Linear(5, 8)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))).mean((2, 3)))
+
+
+def many_sizes(model, sizes):
+    """The gradient of the first layer by size, and the numbers that layer b keeps of B after each step."""
+    gradients, held = [], []
+    for size in sizes:
+        model.zero_grad()
+        x = torch.full((4, 2, size, size), 0.5, dtype=torch.float64)
+        model(x).square().sum().backward()
+        gradients.append((size, model.a.weight.grad.clone()))
+        held.append(sum(B.numel() for B in state_of(model.b).made.values()))
+    return gradients, held
+
+
+def test_of_many_sizes_the_newest_b_are_kept():
+    """Others are made again, the same, when they come back; one that somebody changed stays."""
+    model = convert(seeded(Pooled), Dense(), output="head")
+    with pytest.warns(rewire.RewireWarning, match=r"'b' gets inputs of more than 8 sizes.*'channel'") as said:
+        gradients, held = many_sizes(model, [*range(4, 20), *range(4, 20)])
+    assert len(said) == 1
+    for (size, one), (again, other) in zip(gradients[:16], gradients[16:], strict=True):
+        assert size == again
+        assert torch.equal(one, other), size
+    assert held[-1] == held[15] == sum(8 * 3 * (size - 1) ** 2 for size in range(12, 20))
+    rewire.feedback(model)["b"].zero_()
+    gradients, _ = many_sizes(model, [*range(4, 14), 19])
+    assert not gradients[-1][1].any()
+
+
+def test_many_sizes_of_one_b():
+    model = convert(seeded(Pooled), Dense(per="channel"), output="head")
+    _, held = many_sizes(model, range(4, 30))
+    assert set(held) == {8 * 3}
+
+
+def test_outputs_with_other_numbers_of_rows_leave_no_routes_behind():
+    model = convert(seeded(Pooled), Dense(per="channel"), output="head")
+    for rows in range(2, 300):
+        model(randn(rows, 2, 4, 4)).square().sum().backward()
+    assert len(state_of(model.b).routes) <= 256
+
+
 @every
 def test_inputs_of_several_sizes_each_have_their_own_b(structure):
     """Per element; per channel it is the same at all sizes."""
-
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.head = nn.Conv2d(2, 3, 2), nn.Conv2d(3, 5, 2), nn.Linear(5, 8)
-
-        def forward(self, x):
-            return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))).mean((2, 3)))
-
     model = convert(seeded(Pooled), structure, output="head")
     for size in (5, 6, 5):
         model.zero_grad()
