@@ -118,7 +118,7 @@ def _route(
         make = f"{type(rule).__name__}(layout='sequence_first')"
         others = _AND_OTHERS if route.common else ""
         wiring.warn_once(
-            f"layout:{error.state.name}:below" if route.common else f"layout:{state.name}",
+            f"layout:{error.state.name}:below:{route.kind}" if route.common else f"layout:{state.name}",
             f"layer {state.label}{others}: its input of shape {tuple(shape)}, for an output error of shape "
             f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
             f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; or keep the layer "

@@ -1041,3 +1041,27 @@ def test_first_passes_look_at_each_node_once(depth, monkeypatch):
     rewire.convert(model := nn.Sequential(*layers), "dfa", scale=0.1)
     model(torch.randn(3, 4)).sum().backward()
     assert len(looked) < 6 * depth
+
+
+class Mixed(nn.Module):
+    """Rows of the output are made of all images by a product, which says nothing of whose they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x, rows):
+        h = torch.tanh(self.two(torch.tanh(self.one(x)))).mean((2, 3))
+        return self.head(torch.ones(rows, len(x)) @ h)
+
+
+def test_each_kind_of_guess_is_said():
+    """In some passes rows are a multiple of the images, in others they are not."""
+    model, x = rewire.convert(Mixed(), "dfa", scale=0.1), torch.randn(2, 2, 8, 8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for rows in (4, 3, 4, 3, 6):
+            model(x, rows).square().sum().backward()
+    guesses = [str(one.message) for one in said if "Say which it is" in str(one.message)]
+    assert len(guesses) == 2
+    assert "2 samples, whose errors are 2 rows each" in guesses[0] and "no batch dimension" in guesses[1]

@@ -216,6 +216,10 @@ class _Verify:
             self.ours, gradients = self._as_converted()
         except RoutingError as problem:
             return Verification(title, self._unrouted(problem))
+        bad = sorted(name for name, g in gradients.items() if g is not None and not bool(g.isfinite().all()))
+        if bad:
+            what = f"{some(bad, 6)}: gradients of this pass are not finite, so nothing could be compared"
+            return Verification(title, [self._report(name, NOT_RUN, "not compared") for name in self.layers], [what])
         self._against_backprop(gradients)
         return Verification(title, [*self._reports()], self.problems)
 
@@ -503,7 +507,9 @@ class _Verify:
             return say((FIRST, "nothing to hand back to"))
         if not state.settled:
             somewhere = any(e is not None and bool(e.any()) for errors in self.errors.values() for e in errors)
-            nothing = not self._error_arrives(pairs) and all(self._nothing(place) for _, place in pairs)
+            # Where skips are cut, the gradient at an input is the sum for all layers that are fed with it.
+            alone = [place for _, place in pairs if place.shared is place]
+            nothing = not self._error_arrives(pairs) and all(self._nothing(place) for place in alone)
             if somewhere and nothing:
                 return say((NOT_RUN, "the output error is zero here, and its scale was not measured yet"))
             return say((WRONG, "its scale could not be measured: so far it hands back what backprop does"))

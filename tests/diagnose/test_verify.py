@@ -651,3 +651,43 @@ def test_layers_with_batch_statistics_of_their_own(rule):
         model(x).square().sum().backward()
     result = rewire.verify(model, x, lambda out: out.square().sum())
     assert result.ok, str(result)
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_a_pass_that_is_not_finite(rule):
+    model = rewire.convert(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), rule, scale=0.1)
+    x = torch.randn(5, 4)
+    x[0, 0] = float("nan")
+    result = rewire.verify(model, x, lambda out: out.square().sum())
+    assert not result.ok
+    assert [layer.status for layer in result.layers] == ["not run"] * 2
+    assert len(result.problems) == 1 and "not finite" in result.problems[0]
+
+
+class TwoLevels(nn.Module):
+    """Fed with one tensor; the loss looks at the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.one = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+        self.two = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x))
+        return self.one(h), self.two(h)
+
+
+@pytest.mark.parametrize("skip", ["keep", "cut"])
+def test_a_head_without_an_error_beside_one_with(skip):
+    """SSD's heads on levels where no box has matched yet."""
+    model, x = rewire.convert(TwoLevels(), "dfa", skip=skip), torch.randn(5, 6)
+
+    def loss_of(out):
+        return out[0].square().sum() + 0 * out[1].square().sum()
+
+    for _ in range(3):
+        loss_of(model(x)).backward()
+    result = rewire.verify(model, x, loss_of)
+    assert result.ok, str(result)
+    assert {layer.name: layer.status for layer in result.layers}["two.0"] == "not run"
