@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from rewire.errors import RoutingError
 from rewire.routing import plan
-from rewire.rules.base import BP, DirectRule
+from rewire.rules.base import BP, DirectRule, LearnedDirect
 from rewire.state import LayerState
 from rewire.swap import states_of
 
@@ -37,11 +37,13 @@ class Preview:
         shapes: of the direct feedback that the inputs would need.
         ran: names of the layers that ran.
         stuck: of those among them with an input that has no route.
+        first: of those among them whose inputs need no gradient: they have nothing to hand back to.
     """
 
     shapes: Shapes
     ran: set[str]
     stuck: set[str]
+    first: set[str]
 
 
 def preview(model: nn.Module, inputs: Any) -> Preview:
@@ -97,6 +99,7 @@ def preview(model: nn.Module, inputs: Any) -> Preview:
         targets = [o for o in state.wiring.outputs if o in outputs] or [seen[-1][0]]
         for output in targets:
             e_shape, e_axis = outputs[output]
+            e_shape = _signal_shape(state.rule, e_shape, e_axis)
             for index, x_shape in enumerate(inputs_seen):
                 try:
                     axis = state.kind.axis(len(x_shape))
@@ -107,7 +110,19 @@ def preview(model: nn.Module, inputs: Any) -> Preview:
                     stuck.add(name)
                     continue
                 shapes.setdefault(name, {})[output, index] = route.feedback_shape
-    return Preview(shapes, {name for name, _ in seen}, stuck)
+    called_names = {name for name, _ in seen}
+    fed = {name for name, inputs_seen in seen if inputs_seen}
+    return Preview(shapes, called_names, stuck, called_names - fed)
+
+
+def _signal_shape(rule: DirectRule, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """Shape of what a rule makes of an e of ``shape``. One that learns may sum its outputs up to fewer numbers."""
+    if not isinstance(rule, LearnedDirect) or rule.needs_targets:
+        return shape
+    features = axis % len(shape)
+    like = torch.zeros([size if i == features else 1 for i, size in enumerate(shape)])
+    heard = rule.signal(like, None, axis).shape[features]
+    return (*shape[:features], heard, *shape[features + 1 :])
 
 
 def _given(state: LayerState, module: nn.Module, args: Any, kwargs: Any, *_: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from rewire.arguments import check_model
+from rewire.buffers import memory_of
 from rewire.layers.registry import kind_of, why_not
 from rewire.layers.stand_in import StandIn
 from rewire.preview import Preview, preview
@@ -33,7 +34,8 @@ class Row:
         rule: name of its rule; "bp" for what is not converted.
         role: ``output``, ``hidden``, ``not seen yet`` (before the first training pass), or ``-``.
         feedback_shape: of its feedback; None where there is none, or not known before the first pass.
-        feedback_bytes: memory of the feedback kept; 0 where it is made on the fly.
+        feedback_bytes: memory of the feedback kept, and of what a rule that learns keeps besides; 0 where it is made on
+            the fly.
         scale: standard deviation of the feedback's entries, if known.
         note: why it is as it is.
         converted: whether it was swapped.
@@ -143,8 +145,11 @@ def summary(model: nn.Module, inputs: Any = None) -> Summary:
     return Summary(type(model).__name__, rows, _common(model, expected))
 
 
+Shapes = dict[tuple[str, int], tuple[int, ...]]  # of B, by (output layer, input)
+
 # Whose shape says all: not worth a note.
 _PLAIN = (Dense(), Dense(per="channel"))
+_FIRST = "first layer: nothing to hand back to"
 
 
 def _element(module: nn.Module) -> int:
@@ -160,6 +165,22 @@ def _size(rule: DirectRule, structure: Structure, shape: tuple[int, ...], module
     if not rule.learns or wide is (structure.dtype or own):
         return size
     return size + math.prod(structure.own_shape(shape)) * wide.itemsize
+
+
+def _memory(state: LayerState, rule: LearnedDirect, shapes: Shapes, module: nn.Module) -> int:
+    """Bytes that the rule keeps besides B: what there is of it, or what there will be."""
+    wide = torch.promote_types(next((p.dtype for p in module.parameters()), torch.float32), torch.float32)
+    size = 0
+    for index in dict.fromkeys(index for _, index in shapes):
+        kept = memory_of(state, index).values()
+        size += sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        if not kept:
+            of_input = {output: shape for (output, i), shape in shapes.items() if i == index}
+            n = sum(state.structures.get((o, index), state.structure()).heard(s) for o, s in of_input.items())
+            _, features, *grid = next(iter(of_input.values()))
+            will = rule.remembers(n, features, features * math.prod(grid) if grid else None)
+            size += sum(map(math.prod, will.values())) * wide.itemsize
+    return size
 
 
 def _common(model: nn.Module, expected: Preview | None) -> int:
@@ -178,8 +199,18 @@ def _common(model: nn.Module, expected: Preview | None) -> int:
     return sum(structure.common_size(shapes, element) for (_, structure, _, element), shapes in needed.items())
 
 
-def _expected(preview: Preview | None, state: LayerState) -> dict[tuple[str, int], tuple[int, ...]]:
+def _expected(preview: Preview | None, state: LayerState) -> Shapes:
     return {} if preview is None else preview.shapes.get(state.name, {})
+
+
+def _hands_back(state: LayerState, expected: Preview | None) -> bool:
+    """Whether a layer under a local rule has something to hand back to, as far as is known. If not, R is never made."""
+    if state.fed or state.random_as is not None:
+        return True
+    if expected is not None and state.name in expected.ran:
+        return state.name not in expected.first
+    looked = state.role is Role.HIDDEN or (state.role is Role.OUTPUT and state.wiring.asked is None)
+    return not (state.ran and looked)
 
 
 def _converted(module: nn.Module, name: str, state: LayerState, expected: Preview | None) -> Row:
@@ -194,6 +225,8 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Previe
         notes.append(state.learner.describe(module))
         if state.std_note:
             notes.append(state.std_note)
+    elif isinstance(rule, LocalRule) and not _hands_back(state, expected):
+        notes.append(_FIRST)
     elif isinstance(rule, LocalRule):
         weight = state.kind.look(module)
         shape = tuple(weight.shape)
@@ -214,6 +247,8 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Previe
             shape = next(iter(shapes.values()))
             structures = [state.structures.get(place, state.structure()) for place in shapes]
             size = sum(_size(rule, s, shape, module) for s, shape in zip(structures, shapes.values(), strict=True))
+            if isinstance(rule, LearnedDirect):
+                size += _memory(state, rule, shapes, module)
             if structures[0] not in _PLAIN:
                 notes.append(repr(structures[0]))
             if not state.shapes:
@@ -227,7 +262,7 @@ def _converted(module: nn.Module, name: str, state: LayerState, expected: Previe
         elif expected is not None and state.name in expected.stuck:
             notes.append("no defined way from the output error to its input")
         else:
-            notes.append("first layer: nothing to hand back to")
+            notes.append(_FIRST)
     elif state.role is Role.OUTPUT:
         notes.append("exact gradient")
     else:

@@ -118,3 +118,41 @@ def test_layers_that_run_in_training_only():
     model(torch.randn(2, 4))
     notes = {row.name: row.note for row in rewire.summary(model, torch.randn(2, 4)).rows}
     assert "eval mode" not in notes["side"]
+
+
+RULES = ["fitted", "fitted(context=4)", "fitted(sketch=3)", "fitted(by='jvp')", "dkp", "dkp(normalise=False)", "grape"]
+
+
+@pytest.mark.parametrize("structure", ["dense", "channel", "lowrank"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_learning_keeps_is_counted(rule, structure):
+    """Before it is made as after: all buffers of layers but counts, and what structures have in common."""
+    model = rewire.convert(Net(), rule, feedback=structure)
+    before = rewire.summary(model, X)
+    for _ in range(7):
+        model.zero_grad()
+        model(X).square().sum().backward()
+    model(X)
+    after = rewire.summary(model)
+    kept = {name: t for name, t in model.state_dict().items() if "rewire_" in name}
+    counts = ("rewire_passes", "rewire_origin")
+    size = sum(t.numel() * t.element_size() for name, t in kept.items() if not name.endswith(counts))
+    assert before.feedback_bytes == after.feedback_bytes == size + after.common_bytes
+    assert shapes(before) == shapes(after)
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "brsf"])
+def test_the_first_layer_under_a_local_rule_has_no_feedback(rule):
+    model = rewire.convert(Net(), rule)
+    assert "nothing to hand back" not in str(rewire.summary(model))
+    before = rewire.summary(model, X)
+    for _ in range(2):
+        model(X).square().sum().backward()
+    for found in (before, rewire.summary(model), rewire.summary(copy.deepcopy(model)), rewire.summary(model, X)):
+        notes = {row.name: row.note for row in found.rows}
+        assert "nothing to hand back to" in notes["conv"] and "nothing" not in notes["conv2"] + notes["fc"]
+        assert shapes(found) == {"conv": None, "conv2": (6, 4, 3, 3), "fc": (5, 96)}
+        assert found.feedback_bytes == (4 * (6 * 36 + 5 * 96) if rule == "fa" else 0)
+    wanted = X.clone().requires_grad_()
+    model(wanted).square().sum().backward()
+    assert shapes(rewire.summary(model))["conv"] == (4, 1, 3, 3)

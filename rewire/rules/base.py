@@ -338,6 +338,16 @@ class LearnedDirect(DirectRule):
         """
         raise NotImplementedError
 
+    def remembers(self, n: int, features: int, elements: int | None) -> dict[str, tuple[int, ...]]:
+        """Shapes of what :meth:`learn` will keep in ``memory``: what it costs is told before any of it is made.
+
+        Args:
+            n: rows of B.
+            features: of the layer's input.
+            elements: columns of B where it has a value for every element of an image; None where it has ``features``.
+        """
+        return {}
+
     def largest(self, memory: Mapping[str, Tensor]) -> Tensor | None:
         """The norm that B may have at most; None: any.
 

@@ -59,6 +59,9 @@ class DKP(LearnedDirect):
     def gather(self, rows: Rows) -> dict[str, Tensor]:
         return {"G": rows.e.T @ rows.summed(), "size": rows.e.norm(dim=1).sum()}
 
+    def remembers(self, n: int, features: int, elements: int | None) -> dict[str, tuple[int, ...]]:
+        return {"unit": ()} if self.normalise else {}
+
     def learn(self, B: Tensor, memory: dict[str, Tensor], sums: dict[str, Tensor]) -> Tensor:
         G, size = sums["G"], sums["size"]
         if self.normalise:

@@ -161,6 +161,17 @@ class Fitted(LearnedDirect):
             memory["C"] = parts[1].contiguous()
         return parts[0]
 
+    def remembers(self, n: int, features: int, elements: int | None) -> dict[str, tuple[int, ...]]:
+        if self.by == "jvp":
+            return {}
+        shapes: dict[str, tuple[int, ...]] = {"first": ()}
+        if not self.context or elements is not None:
+            shapes |= {"S": (n, n), "R": (n, elements or features)}
+        if self.context:
+            each = n * (self.context if elements is not None else 1 + self.context)
+            shapes |= {"T": (each, each), "Q": (each, features), "C": (n, self.context, features)}
+        return shapes
+
     def largest(self, memory: Mapping[str, Tensor]) -> Tensor | None:
         first = memory.get("first")
         return torch.where(first > 0, self.cap * first, math.inf) if self.cap and first is not None else None

@@ -714,15 +714,15 @@ def test_memory_is_that_of_every_layers_columns(dtype):
     expected = rewire.summary(model, x)
     trained(model, 3)
     states = [states_of(model.get_submodule(name))[0] for name in NAME.values()]
-    tensors = {id(t): t.nbytes for s in states for n, t in s.learned.items() if n == "rewire_B"}
+    tensors = {id(t): t.nbytes for s in states for n, t in s.learned.items() if n in ("rewire_B", "rewire_unit")}
     tensors |= {id(B.own): B.own.nbytes for s in states for B in s.made.values()}
     found = rewire.summary(model)
     each = 4 if dtype is torch.float32 else 6
     assert {row.name: row.feedback_bytes for row in found.rows} == {
         "0": 0,
-        "2": 28 * each,
-        "4": 12 * each,
-        "6": 24 * each,
+        "2": 28 * each + 4,  # and dkp's u
+        "4": 12 * each + 4,
+        "6": 24 * each + 4,
     }
     assert found.common_bytes == expected.common_bytes == 0 and expected.feedback_bytes == found.feedback_bytes
     assert sum(tensors.values()) == found.feedback_bytes
