@@ -77,8 +77,8 @@ def convert(
         feedback: structure of B for direct rules: ``"dense"``, ``"channel"`` (dense, with one value per channel of a
             convolution's input in place of one per element), ``"uniform"``, ``"orthogonal"``, ``"binary"``,
             ``"ternary"``, ``"sparse"``, ``"lowrank"``, ``"shared"``, ``"seeded"``, or an object from
-            :mod:`rewire.structures`, such as ``LowRank(rank=64)``. A rule object may carry one of its own
-            (``DFA(feedback="lowrank")``), which goes before.
+            :mod:`rewire.structures`, such as ``LowRank(rank=64)``. A rule may carry one of its own, which goes before:
+            ``DFA(feedback="lowrank")`` after ``from rewire.rules import DFA``, or ``"dfa(feedback='lowrank')"``.
         scale: standard deviation of the feedback's entries. ``"auto"``: for local rules the standard deviation
             of the layer's weight now; for direct rules it is measured: the first training pass is exact
             backprop, and each layer's feedback is scaled to what the layer handed back there (RMS). A number

@@ -22,9 +22,11 @@ from torch.nn import functional as F
 
 import rewire
 from rewire.cli import _rewire
+from rewire.rules.base import _registry
 
 ROOT = Path(rewire.__file__).parent.parent
 COMMANDS = _rewire.commands
+OURS = [name for name, rule in _registry.items() if rule.__module__.startswith("rewire.")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -117,6 +119,46 @@ def test_all_code_is_python_and_names_what_there_is(page: Path) -> None:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "rewire":
                 assert hasattr(rewire, node.attr) or importlib.util.find_spec(f"rewire.{node.attr}"), ast.unparse(node)
+
+
+def dotted(text: str) -> set[str]:
+    """What is written as an attribute of ``rewire``."""
+    return set(re.findall(r"\brewire(?:\.[A-Za-z_]\w*)+", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names_are_where_the_page_says(page: Path) -> None:
+    """``rewire.rules.base`` is a module that no attribute leads to: ``rewire.rules`` is a function."""
+    shown = [*re.findall(r"`([^`\n]+)`", prose(page)), *blocks(page, "python")]
+    for path in {found for text in shown for found in dotted(text)}:
+        _, first, *more = path.split(".")
+        if not hasattr(rewire, first):
+            importlib.import_module(f"rewire.{first}")
+        at: Any = getattr(rewire, first)
+        for step in more:
+            assert hasattr(at, step), path
+            at = getattr(at, step)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_classes_of_rules_are_imported(page: Path) -> None:
+    code = ast.parse("\n".join(blocks(page, "python")))
+    imported = {
+        alias.name
+        for node in ast.walk(code)
+        if isinstance(node, ast.ImportFrom) and node.module == "rewire.rules"
+        for alias in node.names
+    }
+    of_rules = importlib.import_module("rewire.rules")
+    assert all(hasattr(of_rules, each) for each in imported)
+    used = {node.id for node in ast.walk(code) if isinstance(node, ast.Name)}
+    assert used & {each for each in of_rules.__all__ if each[0].isupper()} <= imported
+
+
+def test_the_package_of_rules_has_every_rule() -> None:
+    of_rules = importlib.import_module("rewire.rules")
+    assert set(of_rules.__all__) >= {type_.__name__ for type_ in map(_registry.get, OURS) if type_}
+    assert all(hasattr(of_rules, each) for each in of_rules.__all__)
 
 
 # -- commands ------------------------------------------------------------------------------------------

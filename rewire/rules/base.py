@@ -196,7 +196,7 @@ class DirectRule(Rule):
             :mod:`rewire.structures`; None: what ``convert(feedback=...)`` says.
 
     Example:
-        >>> from rewire.rules.direct import DFA
+        >>> from rewire.rules import DFA
         >>> rewire.convert(model, DFA(layout="sequence_first"), layers={"head": "bp"})
     """
 

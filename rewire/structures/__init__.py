@@ -1,8 +1,8 @@
 """Structures of the feedback B of direct rules: what is drawn, what is kept, how it multiplies.
 
 ``convert(model, "dfa", feedback="lowrank")`` takes one by name, ``feedback=rewire.structures.LowRank(rank=64)`` one
-with options, and ``rewire.rules.direct.DFA(feedback=...)`` gives one to the layers under that rule object. See
-``docs/structures.md``.
+with options, and ``DFA(feedback=...)``, of ``from rewire.rules import DFA``, gives one to the layers under that rule
+object. See ``docs/structures.md``.
 """
 
 from __future__ import annotations
