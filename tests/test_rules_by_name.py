@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rewire
 from rewire.ablation import train
 from rewire.cli import main
 from rewire.rules import resolve
+from rewire.rules.base import _registry
 
 LEARNED = [
     "kp",
@@ -97,6 +98,46 @@ def test_wrong_options_are_one_line_and_change_nothing(text: str) -> None:
     assert WRONG[text] in str(caught.value) and "\n" not in str(caught.value)
     assert all(type(module) in (nn.Linear, nn.Tanh) for module in model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def own() -> Iterator[None]:
+    """Rules of one's own, one with an option that it keeps under another name each."""
+
+    class Times(rewire.DirectRule):
+        def __init__(self, *, k: int = 1, watches: bool = False, layout: str | None = None) -> None:
+            super().__init__()
+            self.factor, self.looks = k, watches
+
+        def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+            return error * self.factor
+
+    class Kept(Times):
+        def __init__(self, *, k: int = 1) -> None:
+            super().__init__(k=k)
+            self.k = k
+
+    before = dict(_registry)
+    rewire.register_rule("times")(Times)
+    rewire.register_rule("kept")(Kept)
+    yield
+    _registry.clear()
+    _registry.update(before)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("option", ["k=3", "layout='batch_first'"])
+def test_an_option_that_would_be_lost(option: str) -> None:
+    """From configurations, tables and checkpoints, all of which write the rule down."""
+    name = option.partition("=")[0]
+    with pytest.raises(rewire.ConversionError) as caught:
+        rewire.convert(mlp(), f"times({option})")
+    for word in ("'times'", repr(name), option, "Times.__init__", f"self.{name} = {name}"):
+        assert word in str(caught.value)
+    assert repr(resolve("times")) == "times"
+    assert repr(resolve("kept(k=3)")) == "kept(k=3)"
+    config = rewire.config(rewire.convert(mlp(), "kept(k=3)", scale=0.1))
+    assert "kept(k=3)" in json.dumps(config)
 
 
 # -- the command line -----------------------------------------------------------------------------------

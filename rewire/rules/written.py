@@ -41,7 +41,12 @@ def parse(text: str, rules: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
 
 
 def build(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """``make(**options)``, with what ``make`` takes in the message where that is impossible."""
+    """``make(**options)``, with what ``make`` takes in the message where that is impossible.
+
+    Raises:
+        ConversionError: for an option there is not, one that is missing, or one that what was made does not keep: it
+            could not be written again, and would be lost from tables, configurations and checkpoints.
+    """
     takes = parameters(make)
     for option in options:
         if option not in takes:
@@ -51,7 +56,15 @@ def build(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> An
     if missing:
         shown = ", ".join(f"{option}=..." for option in missing)
         raise ConversionError(f"rule {name!r} needs {', '.join(missing)}, as in '{name}({shown})'")
-    return make(**options)
+    made = make(**options)
+    for option, value in options.items():
+        default = takes[option]
+        if value != default and getattr(made, option, default) == default:  # as :func:`written` would look
+            raise ConversionError(
+                f"rule {name!r} does not keep its option {option!r}, so that {option}={value!r} would be lost where "
+                f"the rule is written down: {type(made).__name__}.__init__ has to say self.{option} = {option}"
+            )
+    return made
 
 
 def written(name: str, rule: object) -> str:
