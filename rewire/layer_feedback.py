@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from rewire import agree, buffers
+from rewire import agree, buffers, first_use
 from rewire.feedback import quick_normal, standard_normal, streams
 from rewire.rules.base import LearnedDirect, LocalRule, parts_of
 from rewire.structures import Feedback, Place, Structure
@@ -46,7 +46,12 @@ def B_of(
     if not state.learns:
         same = (structure, output, index, shape)
         changed = next((B for key, B in reversed(changed_feedback(state)[0].items()) if key[:4] == same), None)
-        return structure.make(place) if changed is None else _moved(changed, structure.kept(place), device)
+        if changed is not None:
+            return _moved(changed, structure.kept(place), device)
+        fixed = structure.make(place)
+        if not isinstance(fixed, Feedback):
+            first_use.shape_of_B(structure, "make", state.label, fixed, shape)
+        return fixed
     name = buffers.name_of(state, "B", index, output)
     held = state.learned.get(name)
     needed = structure.own_shape(shape)
@@ -59,7 +64,9 @@ def B_of(
             )
         wide = torch.promote_types(dtype, torch.float32)
         # Small steps would be lost in what a structure keeps in few bits.
-        held = state.learned[name] = structure.draw(replace(place, dtype=wide)).to(wide)
+        drawn = structure.draw(replace(place, dtype=wide))
+        first_use.shape_of_B(structure, "draw", state.label, drawn, needed)
+        held = state.learned[name] = drawn.to(wide)
         if structure.joint is not None:
             agree.join(state, name)
         buffers.unlink(state)

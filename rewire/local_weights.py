@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rewire import first_use
 from rewire.errors import PassError
 from rewire.layers.kinds import BackwardWeight
 from rewire.passes import backward_id
@@ -29,6 +30,7 @@ class LocalWeight(BackwardWeight):
         self.draw = draw
         self.scale = 0.0
         self.fixed: Tensor | None = None
+        self.looked = rule.redraw and state.wiring.looked  # one that is redrawn has another object for each call
 
     def random(self, weight: Tensor) -> Tensor | None:
         self.scale = self.state.local_scale(weight)
@@ -48,7 +50,14 @@ class LocalWeight(BackwardWeight):
     def combine(self, weight: Tensor | None, random: Tensor | None) -> Tensor:
         if self.rule.redraw:
             random = self.state.random(self.rule, *self.like, self.draw)
-        return self.rule.backward_weight(weight, random, self.scale)
+        if self.looked:
+            return self.rule.backward_weight(weight, random, self.scale)
+        assert self.state.random_as is not None
+        made = first_use.backward_weight(
+            self.rule, self.state.label, self.state.random_as[0], weight, random, self.scale
+        )
+        self.looked = True
+        return made
 
 
 class GivenWeight(BackwardWeight):

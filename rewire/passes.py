@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rewire import first_use
 from rewire.nodes import Node
 from rewire.picks import Pick
 from rewire.rules.base import DirectRule
@@ -115,7 +116,12 @@ class OutputError:
         """What ``rule`` makes of e, computed once per pass for all layers."""
         assert self.error is not None
         if rule not in self._signals:
-            self._signals[rule] = rule.signal(self.error, self.targets, self.axis)
+            if rule in self.state.looked:
+                made = rule.signal(self.error, self.targets, self.axis)
+            else:
+                made = first_use.signal(rule, self.state.label, self.error, self.targets, self.axis)
+                self.state.looked |= {rule}
+            self._signals[rule] = made
         return self._signals[rule]
 
     def whole(self, rule: DirectRule) -> Tensor:

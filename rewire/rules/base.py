@@ -93,7 +93,7 @@ class LocalRule(Rule):
         Returns:
             B, of W's shape, dtype and device.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no backward_weight(self, weight, random, scale)")
 
 
 class Draw(Protocol):
@@ -221,9 +221,9 @@ class DirectRule(Rule):
             axis: the dimension of e that holds the n output features.
 
         Returns:
-            A tensor of e's shape.
+            A tensor of e's dtype and shape; the number of features may be another, and B then has so many rows.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no signal(self, error, targets, axis)")
 
     def in_graph(self) -> DirectRule | None:
         """The rule as a compiled graph can have it; None: its layers are graph breaks.
