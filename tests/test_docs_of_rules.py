@@ -11,6 +11,7 @@ from statistics import mean
 import pytest
 
 import rewire
+from rewire.rules import LearnedLocal
 from rewire.rules.base import _registry
 
 ROOT = Path(rewire.__file__).parent.parent
@@ -120,3 +121,11 @@ def test_the_gap_to_backprop_is_what_was_measured() -> None:
     assert means["lenet", "fitted"] <= 13.5
     assert means["lenet-sgd", "dfa"] - means["lenet-sgd", "fitted"] >= 4
     assert closed["transformer", "fitted(context=8)"] >= 60 and closed["resnet", "fitted(context=8)"] >= 60
+
+
+def test_rules_whose_feedback_an_optimizer_has_to_hold_are_named() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    (line,) = [part for part in page.split("\n- ") if part.startswith("The optimizer may be made")]
+    kinds = [name for name in OURS if issubclass(_registry[name], LearnedLocal)]
+    trained = {name for name in kinds if _registry[name]().trained}
+    assert trained == {"kp", "ldfa", "pfa"} == {name for name in OURS if f"`{name}`" in line}

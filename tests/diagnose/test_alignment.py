@@ -658,3 +658,15 @@ def test_wrong_arguments():
 def test_mean_cosine():
     assert trust.mean_cosine([]) is None
     assert trust.mean_cosine([None, 60.0, 90.0]) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("rule", ["fitted(every=1)", "grape(anchor=1)"])
+def test_rules_that_learn_are_measured_in_a_pass_of_their_own(rule):
+    """Every training pass is an anchor here, whose gradients are backprop's."""
+    torch.manual_seed(0)
+    model = rewire.convert(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5)), rule)
+    x, y = torch.randn(12, 8), torch.randint(5, (12,))
+    for _ in range(3):
+        F.cross_entropy(model(x), y).backward()
+    found = rewire.alignment(model, x, lambda out: F.cross_entropy(out, y))
+    assert found.gamma is not None and found.layers[0].weight_angle > 0.01

@@ -12,6 +12,7 @@ import torch
 
 import rewire
 from rewire.rules.base import _registry
+from rewire.rules.written import parameters
 from rewire.swap import states_of
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +38,12 @@ def test_links_of_the_pages_lead_somewhere():
             assert target.exists(), f"{page.name}: {link}"
 
 
-def test_options_said_to_be_the_usual_ones():
-    dkp = _registry["dkp"]()
-    text = (PAGES / "dkp.md").read_text()
-    assert f"`lr={dkp.lr}`" in text and f"`decay={dkp.decay}`" in text
+@pytest.mark.parametrize("name", ["dkp", "fitted", "grape", "ldfa", "wm"])
+def test_options_said_to_be_the_usual_ones(name):
+    text = (PAGES / f"{name}.md").read_text().replace('"', "'")
+    for option, default in parameters(_registry[name]).items():
+        if option not in ("layout", "feedback", "normalise"):
+            assert f"`{option}={default!r}`" in text, option
 
 
 def example(name):
