@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from rewire import attention, buffers, hosts, jvp, structures
 from rewire.arguments import check_model
 from rewire.ask import states_in
 from rewire.derivative import DerivativeState, surrogate_class
-from rewire.errors import ConversionError, nearest, some
+from rewire.entered import Entered
+from rewire.errors import ConversionError, RewireWarning, nearest, some
 from rewire.guard import MODES, Guard
 from rewire.layers.own_forward import OwnForward
 from rewire.learnable import learner_for, shared_weights
@@ -130,6 +132,7 @@ def convert(
         for choice, state in zip(choices, states, strict=True):
             parts.setdefault(choice.module, []).append(state)
         planned = hosts.plan(model, parts)
+        _say_idle(choices, structure, skip)
         classes = [(attention_class if choice.part else rewired_class)(type(choice.module)) for choice in choices]
     except BaseException:
         _put_back(earlier)
@@ -173,12 +176,12 @@ def restore(model: M) -> M:
     return model
 
 
-@contextmanager
-def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
+def use_rule(model: M, rule: RuleLike) -> AbstractContextManager[M]:
     """All converted layers use ``rule`` in forwards inside the block; afterwards each has its own again.
 
     The backward of such a forward follows ``rule`` wherever it is run. Passes inside the block do not count for
-    schedules and feedback that learns outside of it, unless ``rule`` counts passes itself.
+    schedules and feedback that learns outside of it, unless ``rule`` counts passes itself. Without ``with`` nothing
+    happens, and a warning says so.
 
     Args:
         model: a converted model.
@@ -188,6 +191,11 @@ def use_rule(model: M, rule: RuleLike) -> Iterator[M]:
         >>> with rewire.use_rule(model, "bp"):
         ...     loss_fn(model(x), y).backward()
     """
+    return Entered(lambda: _using(model, rule), f"rewire.use_rule(model, {rule!r})")
+
+
+@contextmanager
+def _using(model: M, rule: RuleLike) -> Iterator[M]:
     chosen = resolve(rule)
     _check_structure(chosen)
     states = [state for _, state in states_in(model)]
@@ -235,6 +243,22 @@ def _check_options(skip: object, scale: object, seed: object, on_nonfinite: obje
             raise ConversionError(
                 f"scale is 'auto' or a positive number (or a dict of them by layer name), not {value!r}"
             )
+
+
+def _say_idle(choices: list[Choice], structure: structures.Structure, skip: str) -> None:
+    """Arguments about direct rules where no layer is given one."""
+    if any(isinstance(part, DirectRule) for choice in choices for part in parts_of(choice.rule)):
+        return
+    given = [f"feedback={structure!r}"] if structure != structures.resolve("dense") else []
+    given += [f"skip={skip!r}"] if skip != "keep" else []
+    if given:
+        rules = some(list(dict.fromkeys(repr(choice.rule) for choice in choices)), 4)
+        warnings.warn(
+            f"{' and '.join(given)}: only direct rules (dfa, ...) read that, and no layer is under one ({rules}). It "
+            "does nothing, unless rewire.use_rule gives them one",
+            RewireWarning,
+            stacklevel=3,
+        )
 
 
 def _check_structure(rule: Rule) -> None:

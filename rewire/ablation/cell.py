@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewire.errors import ConversionError, nearest
-from rewire.rules.base import resolve
+from rewire.rules.base import DirectRule, parts_of, resolve
 from rewire.structures import resolve as resolve_structure
 
 from . import data, models
@@ -90,7 +90,11 @@ class Cell:
 
     def canonical(self) -> Cell:
         """The same run without settings that do nothing, so that it is one cell however it was asked for."""
-        return replace(self, feedback="dense", skip="keep", scale="auto", alignments=0) if self.plain else self
+        if self.plain:
+            return replace(self, feedback="dense", skip="keep", scale="auto", alignments=0)
+        parts = [part for rule in (self.rule, *dict(self.layers).values()) for part in parts_of(resolve(rule))]
+        direct = any(isinstance(part, DirectRule) for part in parts)  # only these have a structure, or cut skips
+        return self if direct else replace(self, feedback="dense", skip="keep")
 
     def config(self) -> dict[str, Any]:
         """Everything :meth:`from_config` needs, ready for JSON."""

@@ -57,6 +57,14 @@ def test_plain_backprop_is_one_cell_whatever_its_feedback() -> None:
     )
 
 
+def test_local_rules_are_one_cell_whatever_the_structure_of_direct_feedback() -> None:
+    grid = read({"model": "mlp", "rules": ["fa", "dfa"], "feedback": ["dense", "lowrank"], "skip": ["keep", "cut"]})
+    cells = [cell for cell in grid.cells() if cell.seed == 0]
+    assert [cell.rule for cell in cells if cell.rule in ("fa", "dfa")] == ["fa"] + ["dfa"] * 4
+    mixed = read({"model": "mlp", "rules": "fa", "layers": {"0": "dfa"}, "feedback": ["dense", "lowrank"]})
+    assert sum(cell.rule == "fa" for cell in mixed.cells() if cell.seed == 0) == 2
+
+
 def test_a_rule_may_have_options_and_a_bp_may_have_others_in_it() -> None:
     cells = read({"models": "mlp", "rules": "bp", "seeds": 1, "layers": {"1": "fa"}, "controls": False}).cells()
     assert [cell.plain for cell in cells] == [False]
