@@ -31,9 +31,12 @@ class RewireWarning(UserWarning):
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """``"; did you mean 'conv1'?"`` for the closest of ``options``, or the empty string."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """``"; did you mean 'conv1'?"`` for the closest of ``options``, or the empty string. Case does not count."""
+    by_lower: dict[str, str] = {}
+    for option in options:
+        by_lower.setdefault(option.lower(), option)
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def some(items: Sequence[str], most: int) -> str:

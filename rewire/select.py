@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from rewire.attention import projections
-from rewire.errors import ConversionError, nearest
+from rewire.errors import ConversionError, nearest, some
 from rewire.layers.block import Block
 from rewire.layers.kinds import Kind
-from rewire.layers.registry import kind_of, stand_in
+from rewire.layers.registry import kind_of, stand_in, why_not
 from rewire.rules import BP, DirectRule, LocalRule, Rule, Schedule, resolve
 
 RuleLike = str | Rule
@@ -84,7 +84,7 @@ def select(
             f"{type(model).__name__} has no layer that a rule could change (Linear, Conv1d/2d/3d, "
             f"ConvTranspose1d/2d/3d); modules with parameters: {', '.join(found) or 'none'}"
         )
-    _assign(choices, layers)
+    _assign(choices, layers, names)
     for choice in choices:
         _check(choice)
     return choices
@@ -114,6 +114,12 @@ def fits(pattern: Pattern, module: nn.Module, names: Iterable[str]) -> bool:
     return isinstance(module, pattern)
 
 
+def _fitting(pattern: Pattern, choices: list[Choice]) -> list[Choice]:
+    """The layers that a pattern covers. A layer's very name is that layer, whatever else it may mean as a pattern."""
+    exact = [choice for choice in choices if pattern in (*choice.names, *choice.covers)]
+    return exact or [choice for choice in choices if _covers(pattern, choice)]
+
+
 def _covers(pattern: Pattern, choice: Choice) -> bool:
     """Whether a pattern covers a layer, by its own name and type or those of the attention it is part of."""
     if fits(pattern, choice.module, (*choice.names, *choice.covers)):
@@ -130,30 +136,35 @@ def _blocks(model: nn.Module, names: dict[nn.Module, tuple[str, ...]], patterns:
     found: set[nn.Module] = set()
     for pattern in patterns:
         _check_pattern(pattern, "blocks")
-        fitting = [m for m, aliases in names.items() if m is not model and fits(pattern, m, aliases)]
+        fitting = [m for m, aliases in names.items() if m is not model and pattern in aliases]
+        fitting = fitting or [m for m, aliases in names.items() if m is not model and fits(pattern, m, aliases)]
         # Activations and pooling that a pattern happens to cover keep their true derivative.
         fitting = [m for m in fitting if next(m.parameters(), None) is not None]
         if not fitting:
             every = [alias for aliases in names.values() for alias in aliases if alias]
             hint = nearest(pattern, every) if isinstance(pattern, str) else ""
-            some = any(m is not model and fits(pattern, m, aliases) for m, aliases in names.items())
-            why = " (but some without parameters)" if some else ""
+            others = any(m is not model and fits(pattern, m, aliases) for m, aliases in names.items())
+            why = " (but some without parameters)" if others else ""
             raise ConversionError(f"blocks: no module fits {_show(pattern)}{why}{hint}")
         found.update(fitting)
     return found
 
 
-def _assign(choices: list[Choice], layers: Layers | None) -> None:
+def _assign(choices: list[Choice], layers: Layers | None, names: dict[nn.Module, tuple[str, ...]]) -> None:
     if layers is None:
         return
     if isinstance(layers, Mapping):
         for pattern, wanted in layers.items():
             _check_pattern(pattern, "layers")
             rule = resolve(wanted)
-            fitting = [choice for choice in choices if _covers(pattern, choice)]
+            fitting = _fitting(pattern, choices)
             if not fitting:
-                hint = nearest(pattern, [n for c in choices for n in c.names]) if isinstance(pattern, str) else ""
-                raise ConversionError(f"layers: no layer fits {_show(pattern)}{hint}")
+                known = [name for choice in choices for name in choice.names]
+                why = _other(pattern, names)
+                hint = nearest(pattern, known) if isinstance(pattern, str) and not why else ""
+                raise ConversionError(
+                    f"layers: no layer fits {_show(pattern)}{why}{hint}; layers: {some([*map(repr, known)], 12)}"
+                )
             for choice in fitting:
                 choice.rule = rule
     elif callable(layers) and not isinstance(layers, (type, nn.Module)):
@@ -163,6 +174,23 @@ def _assign(choices: list[Choice], layers: Layers | None) -> None:
                 choice.rule = resolve(chosen)
     else:
         raise ConversionError(f"layers: a dict of patterns or a callable is needed, not {type(layers).__name__}")
+
+
+def _other(pattern: Pattern, names: dict[nn.Module, tuple[str, ...]]) -> str:
+    """What a pattern fits that no rule can be given to, in words; "" if it fits nothing at all."""
+    module = next((m for m, aliases in names.items() if pattern in aliases), None)
+    if module is None:
+        module = next((m for m, aliases in names.items() if fits(pattern, m, aliases)), None)
+    if module is None:
+        return ""
+    what = f", but {names[module][0]!r}, a {type(module).__name__}"
+    if next(module.parameters(), None) is None:
+        return f"{what} without weights, which no rule changes"
+    if kind_of(module) is not None:
+        return f"{what} inside a unit that is fed back as one"
+    if next(module.parameters(recurse=False), None) is None:
+        return f"{what} that holds others (with '.*' after its name, those are meant)"
+    return f"{what}: {why_not(module)}"
 
 
 def _check(choice: Choice) -> None:

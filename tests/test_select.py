@@ -258,6 +258,51 @@ def test_seams(rules):
     seam(rules)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rule": "DFA"}, ["unknown rule 'DFA'; did you mean 'dfa'?; rules: bp, dfa"]),
+        ({"rule": "uSF"}, ["unknown rule 'uSF'; did you mean 'usf'?; rules: "]),
+        ({"rule": "nothing like it"}, ["unknown rule 'nothing like it'; rules: "]),
+        ({"rule": "dfa", "feedback": "LowRank"}, ["did you mean 'lowrank'"]),
+        ({"layers": {"fcc*": "fa"}}, ["no layer fits 'fcc*'; did you mean 'fc'?; layers: 'features.0', 'features.2'"]),
+        ({"layers": {"features.1": "fa"}}, ["no layer fits 'features.1', but 'features.1', a ReLU without weights"]),
+        ({"layers": {nn.ReLU: "fa"}}, ["no layer fits type ReLU, but 'features.1', a ReLU without weights"]),
+        ({"layers": {"norm": "fa"}}, ["'norm', a BatchNorm1d: elementwise: keeps its true derivative", "layers: "]),
+        ({"layers": {"features": "fa"}}, ["'features', a Sequential that holds others", "'.*'"]),
+        ({"rule": "dfa", "blocks": "features", "layers": {"features.0": "bp"}}, ["inside a unit that is fed back as"]),
+    ],
+    ids=str,
+)
+def test_messages_say_what_is_there(options, words):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4))
+            self.norm, self.fc = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    with pytest.raises(rewire.ConversionError) as caught:
+        rewire.convert(Net(), **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    many = nn.Sequential(*(nn.Linear(2, 2) for _ in range(40)))
+    with pytest.raises(rewire.ConversionError, match=r"'11', and 28 more$"):
+        rewire.convert(many, layers={"fc*": "fa"})
+
+
+@pytest.mark.parametrize("what", ["layers", "blocks"])
+def test_a_layers_very_name_is_no_pattern(what):
+    model = nn.Sequential()
+    for name in ("[bold]", "b", "x[1]", "x1", "a*", "ab"):
+        model.add_module(name, nn.Sequential(nn.Linear(3, 3)) if what == "blocks" else nn.Linear(3, 3))
+    names = ["[bold]", "x[1]", "a*"]
+    if what == "layers":
+        rewire.convert(model, "dfa", layers=dict.fromkeys(names, "fa"))
+        assert [name for name, rule in rules_of(model).items() if rule == "fa"] == names
+    else:
+        rewire.convert(model, "dfa", blocks=names)
+        assert [row.name for row in rewire.summary(model).rows if row.type == "Sequential"] == names
+
+
 # -- output= -------------------------------------------------------------------------------------------
 
 

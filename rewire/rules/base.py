@@ -428,7 +428,7 @@ def resolve(rule: str | Rule) -> Rule:
     if isinstance(rule, str):
         name, options = parse(rule, rules()) if "(" in rule else (rule, {})
         if not _known(name):
-            raise ConversionError(f"unknown rule {name!r}{nearest(name, rules())} rules: {', '.join(rules())}")
+            raise ConversionError(f"unknown rule {name!r}{nearest(name, rules())}; rules: {', '.join(rules())}")
         made: Rule = build(name, _registry[name], options)
         return made
     if isinstance(rule, type) and issubclass(rule, Rule):
