@@ -86,8 +86,8 @@ def draw(records: Sequence[Record], path: str | os.PathLike[str]) -> None:
     for line, (text, tint) in enumerate(flags[:6]):
         at = (below - 0.22 - 0.26 * line) / height
         figure.text(0.055, at, "■", color=tint, fontsize=11, va="center", alpha=0.6)
-        figure.text(0.068, at, text, fontsize=9, color="#333333", va="center")
-    figure.savefig(path, dpi=100, facecolor="white")
+        figure.text(0.068, at, _plain(text), fontsize=9, color="#333333", va="center")
+    figure.savefig(path, dpi=100, facecolor="white", bbox_inches="tight", pad_inches=0.15)  # labels may be of any width
 
 
 def _draw_panel(
@@ -95,7 +95,7 @@ def _draw_panel(
 ) -> None:
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_ylabel(panel.label, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)  # those in between are labelled where a scale spans less than a decade
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -186,7 +186,12 @@ def _name_layers(
 
 def _short(name: str, most: int = 24) -> str:
     name = name or "(model)"
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
+    return _plain(name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}")
+
+
+def _plain(text: str) -> str:
+    """As matplotlib shows it, which takes what stands between two ``$`` for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _colours(matplotlib: Any, names: list[str]) -> dict[str, Any]:

@@ -212,6 +212,35 @@ def test_many_layers_have_a_scale_of_colours(recorded, monkeypatch, tmp_path):
     plots.draw(records, tmp_path / "b.png")
 
 
+@pytest.mark.parametrize("layers", [1, 5])
+def test_names_that_read_as_formulas(recorded, monkeypatch, tmp_path, layers):
+    _, recorder = recorded
+    records = json.loads(json.dumps(recorder.records))
+    for record in records:
+        record["layers"] = {f"$\\foo{i}$.{n}": v for i in range(layers) for n, v in record["layers"].items()}
+        record["flags"] = ["feedback of $\\bar$"]
+    plots.draw(records, tmp_path / "a.png")
+    figure, panels = drawn_axes(monkeypatch, records, tmp_path / "b.png")
+    shown = figure.legends[0].get_texts() if layers == 1 else panels["layer"].get_yticklabels()
+    assert shown[0].get_text() == r"\$\foo0\$.0"
+
+
+def test_no_label_is_cut_off(recorded, tmp_path):
+    """Labels of a scale that spans less than a decade are wide: the picture is as wide as they need."""
+    image = pytest.importorskip("matplotlib.image")
+    _, recorder = recorded
+    records = json.loads(json.dumps(recorder.records))
+    for i, record in enumerate(records):
+        for layer in record["layers"].values():
+            layer["norm"] = layer["backprop_norm"] = 3e-11 + i * 1e-12
+    recorder.plot(tmp_path / "a.png")
+    plots.draw(records, tmp_path / "b.png")
+    pictures = [image.imread(tmp_path / name)[:, :, :3] for name in ("a.png", "b.png")]
+    for picture in pictures:
+        edges = picture[:, :5], picture[:, -5:], picture[:5], picture[-5:]
+        assert all((edge == 1).all() for edge in edges)
+
+
 def test_nothing_to_draw_and_nothing_to_draw_with(recorded, monkeypatch, tmp_path):
     with pytest.raises(rewire.RewireError, match="nothing has been recorded"):
         rewire.Recorder(made()).plot(tmp_path / "a.png")
