@@ -77,9 +77,9 @@ class LayerReport:
         type: class, before conversion.
         rule: name of its rule.
         status: ``live``; ``first layer`` (nothing to hand back to); ``frozen`` (as is all below it: no gradient is
-            needed there); ``on backprop``; ``not run`` (its forward
-            did not run and its parameters got no gradient); ``dead`` (its parameters were used, its forward did
-            not run: the rule has no effect); ``unrouted`` (the output error has no way to it); ``wrong``.
+            needed there); ``on backprop``; ``not run`` (its forward did not run and its parameters got no gradient, or
+            its input was empty); ``dead`` (its parameters were used, its forward did not run: the rule has no effect);
+            ``unrouted`` (the output error has no way to it); ``wrong``.
         formula: cosine between what was handed back and the rule's formula; None where there is none.
         backprop: cosine between what was handed back and what plain backprop hands back there.
         weight_exact: whether its parameters got exactly the gradient that follows, by plain autograd, from what
@@ -221,6 +221,9 @@ class _Verify:
             what = f"{some(bad, 6)}: gradients of this pass are not finite, so nothing could be compared"
             return Verification(title, [self._report(name, NOT_RUN, "not compared") for name in self.layers], [what])
         self._against_backprop(gradients)
+        shown = [y for call in self.ours for y in call.outputs]
+        if shown and not any(y.numel() for y in shown):
+            self.problems.append("nothing was proved: the batch is empty, and so is what every layer made of it")
         return Verification(title, [*self._reports()], self.problems)
 
     # -- passes --------------------------------------------------------------------------------------
@@ -503,6 +506,8 @@ class _Verify:
         if not state.active:
             return say(self._on_backprop(ran))
         pairs = [(call, place) for call in ran for place in call.places if place.x.numel()]
+        if not pairs and any(call.places for call in ran):
+            return say((NOT_RUN, "its input is empty in this pass"))
         if not pairs:
             return say((FIRST, "nothing to hand back to"))
         if not state.settled:

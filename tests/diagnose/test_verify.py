@@ -691,3 +691,33 @@ def test_a_head_without_an_error_beside_one_with(skip):
     result = rewire.verify(model, x, loss_of)
     assert result.ok, str(result)
     assert {layer.name: layer.status for layer in result.layers}["two.0"] == "not run"
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+@pytest.mark.parametrize("rule", ["bp", "fa", "dfa", "fitted", "kp"])
+def test_nothing_is_proved_by_an_empty_batch(rule, passes):
+    model = rewire.convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), rule)
+    x = torch.randn(4, 8)
+    for _ in range(passes):
+        model(x).square().sum().backward()
+    found = rewire.verify(model, x[:0], lambda out: out.square().sum())
+    assert not found.ok and "NOT ok" in str(found)
+    assert any("nothing was proved" in problem and "empty" in problem for problem in found.problems)
+    statuses = [layer.status for layer in found.layers]
+    assert statuses == (["on backprop"] * 2 if rule == "bp" else ["first layer", "not run"])
+    assert rewire.verify(model, x, lambda out: out.square().sum()).ok
+
+
+def test_a_layer_without_rows_among_others_is_no_problem():
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one, self.other = nn.Linear(8, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = self.stem(x).tanh()
+            return torch.cat([self.one(h), self.other(h[:0])])
+
+    found = rewire.verify(rewire.convert(Split(), "fa"), torch.randn(4, 8), lambda out: out.square().sum())
+    assert found.ok and not found.problems
+    assert {layer.name: layer.note for layer in found.layers}["other"] == "its input is empty in this pass"
