@@ -14,6 +14,7 @@ from torch import nn
 
 import rewire
 from rewire.ablation.inputs import positive
+from rewire.cli.options import setting
 from rewire.cli.words import pairs, words
 from rewire.diagnose.arithmetic import Arithmetic, arithmetic
 from rewire.errors import ConversionError, InputError
@@ -31,6 +32,9 @@ from rewire.summary import Summary, summary
 )
 @click.option("--output", multiple=True, metavar="NAME", help="The output layer (or layers).  [default: found]")
 @click.option("--feedback", default="dense", show_default=True, help=f"Of direct rules: {' or '.join(NAMES)}.")
+@click.option("--blocks", multiple=True, metavar="PATTERN", help="Modules fed back as one unit.")
+@click.option("--skip", default="keep", show_default=True, help="keep or cut.")
+@click.option("--scale", default="auto", show_default=True, help="auto or a number.")
 @click.option("--batch", type=int, default=2, show_default=True, help="Samples in the random batch.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, inputs and feedback.")
 @click.option("--verify", "check", is_flag=True, help="Prove on the batch that each layer's rule is live.")
@@ -40,6 +44,9 @@ def inspect(
     layers: Sequence[str],
     output: Sequence[str],
     feedback: str,
+    blocks: Sequence[str],
+    skip: str,
+    scale: str,
     batch: int,
     seed: int,
     check: bool,
@@ -57,7 +64,17 @@ def inspect(
     screen = Console() if Console().is_terminal or "COLUMNS" in os.environ else Console(width=140)
     plain = copy.deepcopy(example.model)
     try:
-        rewire.convert(example.model, rule, layers=chosen, output=words(output) or None, feedback=feedback, seed=seed)
+        rewire.convert(
+            example.model,
+            rule,
+            layers=chosen,
+            output=words(output) or None,
+            feedback=feedback,
+            blocks=words(blocks) or None,
+            skip=skip,
+            scale=setting(scale),
+            seed=seed,
+        )
     except ConversionError as error:
         raise InputError(str(error)) from error
     if too_large := _too_large(example):
@@ -100,7 +117,7 @@ def _too_large(example: Example) -> tuple[Summary, str] | None:
         return None
     return expected, (
         f"feedback would need {expected.feedback_bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB free. "
-        "--feedback channel needs one value per channel; convert(..., blocks=) feeds fewer places"
+        "--feedback channel needs one value per channel; --blocks feeds fewer places"
     )
 
 

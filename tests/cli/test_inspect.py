@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ def mlp():
 def conv():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 10)), \\
         torch.ones(2, 3, 8, 8)
+
+def nested():
+    units = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    return nn.Sequential(nn.Linear(5, 6), *units, nn.Linear(6, 3)), torch.ones(4, 5)
 
 class Around(nn.Module):
     def __init__(self):
@@ -73,6 +78,26 @@ def test_the_table_shows_rules_feedback_and_memory(here: Path, capsys: pytest.Ca
     assert row(out, "0")[2:5] == ["dfa", "hidden", "-"]  # nothing below it
     assert row(out, "2")[2:6] == ["dfa", "hidden", "10×8×6×6", f"{10 * 8 * 6 * 6 * 4 / 1e3:.1f} KB"]
     assert row(out, "4")[2:4] == ["bp", "output"] and "exact gradient" in row(out, "4")[7]
+
+
+def test_blocks_skip_and_scale_as_in_ablations(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+    convert = rewire.convert
+    monkeypatch.setattr(rewire, "convert", lambda *args, **kwargs: (given.append(kwargs), convert(*args, **kwargs))[1])
+    assert run("inspected:nested", "--blocks", "1 2", "--blocks", "3", "--skip", "cut", "--scale", "0.25") == 0
+    out = capsys.readouterr().out
+    assert given[0]["blocks"] == ["1", "2", "3"] and given[0]["skip"] == "cut"
+    assert row(out, "2")[1:3] == ["Sequential", "dfa"] and row(out, "2")[6] == "0.25"
+    assert "inside block '2'" in row(out, "2.0")[7]
+    assert run("inspected:nested", "--blocks", "9") == 2
+    assert "no module fits '9'" in capsys.readouterr().err
+    for wrong, says in ((("--skip", "ct"), "skip is 'keep' or 'cut'"), (("--scale", "big"), "scale is 'auto' or a")):
+        assert run("inspected:mlp", *wrong) == 2
+        assert says in capsys.readouterr().err
+    assert run("inspected:mlp") == 0
+    assert given[-1]["blocks"] is None and given[-1]["skip"] == "keep" and given[-1]["scale"] == "auto"
 
 
 def test_channel_feedback_has_one_value_per_channel(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
