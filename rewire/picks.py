@@ -50,14 +50,14 @@ class Pick:
         count = math.prod(self.lead)
         return len(self.rows) == count == len(set(self.rows.tolist()))
 
-    def undoes(self, below: Pick) -> bool:
-        """Whether every row is back where it was, after ``below`` gave all another order."""
-        back = (
-            below.rows[self.rows]
-            if self.permutes() and below.permutes() and len(self.rows) == len(below.rows)
-            else None
-        )
-        return back is not None and torch.equal(back, torch.arange(len(back), device=back.device))
+    def times(self) -> int:
+        """How often each row is there, all of them side by side and in their order; 0 if they lie in any other way."""
+        count = math.prod(self.lead)
+        if not count or len(self.rows) % count:
+            return 0
+        times = len(self.rows) // count
+        order = torch.arange(count, device=self.rows.device)
+        return times if torch.equal(self.rows, order.repeat_interleave(times)) else 0
 
     def same(self, other: Pick) -> bool:
         """Whether both are the same rows."""
@@ -86,10 +86,27 @@ def pick_of(x: Tensor, known: Known) -> Pick | None:
     return found
 
 
-def _below(root: Node, known: Known, count: int, place: int = 0) -> Pick | None:
-    """The same for what a node gives, whose dimension ``place`` (-1: nobody knows which) has ``count`` rows."""
+def _below(root: Node, known: Known, count: int) -> Pick | None:
+    """The same for what a node gives, of ``count`` rows."""
+    picks, whole = _all_below(root, known, count, count)
+    if not picks:
+        return None
+    if whole or not all(pick.same(picks[0]) for pick in picks):
+        raise Unclear
+    return picks[0]
+
+
+def _all_below(root: Node, known: Known, wanted: int, count: int, place: int = 0) -> tuple[list[Pick], bool]:
+    """All ways in which rows reach dimension ``place`` (-1: nobody knows which) of what a node gives, ``count`` long.
+
+    Args:
+        wanted: how many rows it is in the end about.
+
+    Returns:
+        How rows were picked, and whether some that were not reach it too.
+    """
     picks: list[Pick] = []
-    whole = False  # something that reaches here was not picked
+    whole = False
     visited: set[Node] = set()
     stack = [(root, place)]
     while stack:
@@ -109,14 +126,19 @@ def _below(root: Node, known: Known, count: int, place: int = 0) -> Pick | None:
         made = _made(node, place, count)
         if made is not None and (picked_from := parents[0][0]) is not None:
             if _leads_to_call(picked_from, known):
-                below = _below(picked_from, known, math.prod(made.lead), -1)
-                both = made if below is None else made.of(below)
-                if both is None:
-                    raise Unclear
-                if below is not None and made.undoes(below):  # sorted, and back in order again
-                    whole = True
-                else:
-                    picks.append(both)
+                below, all_of_it = _all_below(picked_from, known, wanted, math.prod(made.lead), -1)
+                picks += [made] if all_of_it or not below else []
+                for (
+                    lower
+                ) in below:  # each by itself: sorted tokens, of which each was sorted k times, and their weights
+                    both = made.of(lower)
+                    if both is None:
+                        raise Unclear
+                    times = both.times()
+                    if times == 1 or (times and len(both.rows) != wanted):
+                        whole = True  # sorted, and back in order again; what is there k times is yet to be summed up
+                    else:
+                        picks.append(both)
             continue
         if node.name().startswith(_PUT):
             # Rows put in their places: those of what they are put into.
@@ -126,11 +148,7 @@ def _below(root: Node, known: Known, count: int, place: int = 0) -> Pick | None:
         for parent, at in parents:
             if parent is not None:
                 stack.append((parent, before if _keeps_dimensions(node, parent, at) else -1))
-    if not picks:
-        return None
-    if whole or not all(pick.same(picks[0]) for pick in picks):
-        raise Unclear
-    return picks[0]
+    return picks, whole
 
 
 def _keeps_dimensions(node: Any, parent: Any, at: int) -> bool:

@@ -502,6 +502,54 @@ def test_ways_to_pick_rows(how):
     check(Net, X, loss, "fa", outputs=["head"])
 
 
+class SortedByExpert(nn.Module):
+    """Each token goes to its two best experts, sorted by expert, as grouped products take them, and back in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.gate = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.experts = nn.Parameter(torch.randn(3, 6, 6) / 3)
+        self.mid, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x))
+        rows = h.reshape(-1, 6)
+        weight, chosen = self.gate(rows).softmax(-1).topk(2)
+        expert, order = chosen.flatten().sort()
+        back = order.argsort()
+        y = torch.einsum("nd,ndf->nf", rows[order // 2], self.experts[expert]) * weight.flatten()[order, None]
+        h = h + y[back].view(-1, 2, 6).sum(1).view_as(h)
+        return self.head(torch.tanh(self.mid(h)))
+
+
+def test_tokens_sorted_by_expert_and_back_in_order():
+    """Two picks meet: of each token twice, and of its weights, one by one. Neither is of the layers above."""
+    model, _ = check(SortedByExpert, TOKENS, token_loss, "dfa", outputs=["head"])
+    (got,) = handed_back(model, TOKENS, token_loss, "mid")["mid"]
+    torch.testing.assert_close(got, rewire.output_error(model) @ rewire.feedback(model)["mid"])
+
+
+@pytest.mark.parametrize("sort", [[4, 0, 3, 1, 5, 2], [4, 4, 3, 1, 5, 2]])
+def test_a_layer_on_rows_that_are_there_twice(sort):
+    """Sorted, and taken back twice, side by side; in the second case one row is missing for another."""
+    sort = torch.tensor(sort)
+    rows = sort[sort.argsort().repeat_interleave(2)]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mid, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = torch.tanh(self.stem(x))
+            y = torch.tanh(self.mid(h[sort][sort.argsort().repeat_interleave(2)]))
+            return self.head(h.index_add(0, rows, y))
+
+    model, _ = check(Net, X, loss, "dfa", outputs=["head"])
+    (got,) = handed_back(model, X, loss, "mid")["mid"]
+    torch.testing.assert_close(got, rewire.output_error(model)[rows] @ rewire.feedback(model)["mid"])
+
+
 class Masked(nn.Module):
     """The head sees masked tokens alone, as in masked language modelling."""
 
