@@ -218,7 +218,7 @@ def _batch_first(x: _Side, e: _Side, structure: str, stacked: int, flat: str | N
     folded = _frames(x.size, e)
     if folded is not None:
         inner = _batch_first(x, folded, structure, stacked, flat)
-        return replace(inner, before=lambda t: inner.before(e.rows(t).reshape(folded.shape)))
+        return replace(inner, before=lambda t: inner.before(e.rows(t).reshape(folded.shape)), plain=False)
     if e.size and x.size % e.size == 0:
         parts = x.size // e.size
         per_sample = _Side((e.size, *x.shape[1:]), e.size, x.grid, x.features, x.first)

@@ -289,6 +289,17 @@ TABLE = {
         ((6, 3, 2, 2), 1, (2, 3, N4), -1, lambda s, e, B: frames(s, e, B, per_sample), (3, 2, 2), {})
     ),
     "tokens of frames": (((6, 5, 3), -1, (2, 3, N4), -1, lambda s, e, B: frames(s, e, B, broadcast), (3,), {})),
+    "flattened pixels below an image": (
+        (
+            (12, 3),
+            -1,
+            (2, N4, 2, 3),
+            1,
+            lambda s, e, B: frames(s, np.moveaxis(e, 1, -1).reshape(2, 6, N4), B, per_sample),
+            (3,),
+            {},
+        )
+    ),
     "two windows of each frame": (
         ((12, 5, 3), -1, (2, 3, N4), -1, lambda s, e, B: parts(s, e.reshape(6, N4), B, broadcast), (3,), {})
     ),
