@@ -8,10 +8,11 @@ sample that the row went to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from rewire.nodes import Node, shape_of
 from rewire.picks import Pick
@@ -77,13 +78,11 @@ def _made(node: Any) -> Pick | None:
         return None
     name, shape = node.name(), shape_of(node)
     if name.startswith("IndexPutBackward"):
-        indices = node._saved_indices
-        index = indices[0] if len(indices) == 1 else None
-    elif int(node._saved_dim) % 2**64 in (0, -len(shape) % 2**64):
-        index = node._saved_index
-    else:
-        index = None
-    if index is None or index.dtype is not torch.int64:
+        return _put(shape, node._saved_indices)
+    if int(node._saved_dim) % 2**64 not in (0, -len(shape) % 2**64):
+        return None
+    index = node._saved_index
+    if index.dtype is not torch.int64:
         return None
     if index.dim() > 1:  # scattered: the same place for all features of a row
         index = index.flatten(1)
@@ -91,3 +90,18 @@ def _made(node: Any) -> Pick | None:
             return None
         index = index[:, 0]
     return Pick(shape[:1], index % shape[0]) if index.dim() == 1 else None
+
+
+def _put(shape: tuple[int, ...], indices: Sequence[Tensor | None]) -> Pick | None:
+    """The same for ``tensor[indices] = rows``, of a tensor of ``shape``."""
+    places: list[Tensor] = []
+    for index in indices:
+        if index is None:
+            return None
+        places += index.nonzero().unbind(1) if index.dtype in (torch.bool, torch.uint8) else [index]
+    if len(places) >= len(shape):  # numbers, and no rows
+        return None
+    flat = places[0] % shape[0]
+    for size, index in zip(shape[1:], places[1:], strict=False):
+        flat = flat * size + index % size  # negative ones count from the end
+    return Pick(shape[: len(places)], flat.flatten())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from rewire.passes import (
     upstream,
 )
 from rewire.picks import Pick, Unclear, pick_of
+from rewire.poured import Poured
 from rewire.pours import pours, pours_below
 from rewire.roles import Role
 from rewire.rules.base import DirectRule
@@ -30,7 +31,13 @@ from rewire.state import LayerState
 from rewire.streaming import stream_of
 from rewire.turns import turned_from
 
-C = TypeVar("C")
+
+class _OfLayer(Protocol):
+    @property
+    def state(self) -> LayerState: ...
+
+
+C = TypeVar("C", bound=_OfLayer)
 
 
 def note_rows(state: LayerState, x: Tensor) -> Pick | None:
@@ -62,7 +69,7 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
         return [] if lower.state.wiring is not wiring else lower.sources
 
     error.straight = _is_straight(call)
-    rows = rows_below(call.sources, y.shape, error.axis, call.pick is not None, call_of, sources, error.straight)
+    rows = rows_below(call.sources, call.state, y.shape, call.pick is not None, call_of, sources, error.straight)
     found: dict[Call, OutputError] = {}
     for lower, of in rows.items():
         state = lower.state
@@ -102,8 +109,8 @@ def _is_straight(call: Call) -> bool:
 
 def rows_below(
     roots: Iterable[Node],
+    output: LayerState,
     shape: tuple[int, ...],
-    axis: int,
     chosen: bool,
     call_at: Callable[[Node], C | None],
     sources_of: Callable[[C], Iterable[Node]],
@@ -113,7 +120,8 @@ def rows_below(
 
     Args:
         roots: graph nodes of the output layer's inputs.
-        shape, axis: of the output, and its dimension with the features.
+        output: the output layer.
+        shape: of its output.
         chosen: its rows were picked from the batch.
         call_at: the call whose output a node is.
         sources_of: graph nodes of its inputs.
@@ -123,8 +131,9 @@ def rows_below(
     if not chosen and len(shape) > 1 and not straight:
         rows.update(parts_below(roots, shape[0], call_at, sources_of))
     if not straight:
-        rows.update(pours_below(roots, call_at, sources_of))
-    if not chosen and len(shape) == 3 and axis == -1:
+        poured = pours_below(roots, call_at, sources_of)
+        rows.update({call: Poured(pour, call.state, output) for call, pour in poured.items()})
+    if not chosen and len(shape) == 3 and output.kind.axis(3) == -1:
         rows = spread_below(roots, shape, call_at, sources_of) | rows
     return rows
 

@@ -104,26 +104,14 @@ def _route(
     try:
         route = plan(state, rule, error, shape, e_shape, structure.routing)
     except RoutingError as problem:
-        raise RoutingError(
-            f"layer {state.label} (output layer {error.state.label}): {problem}. Keep the layer on backprop or a "
-            f"local rule, layers={{{state.name!r}: 'bp'}}, or feed back a larger unit that has the batch in "
-            "front, blocks=[...]"
-        ) from None
+        raise _none(state, error.state, str(problem)) from None
     if route.reading is not None:
         state.reading = route.reading
         wiring.readings.add(route.reading)
         for other in wiring.layers.values():  # what one layer shows may decide what another's shapes mean
             other.last = None
     if route.ambiguous is not None:
-        make = f"{type(rule).__name__}(layout='sequence_first')"
-        others = _AND_OTHERS if route.common else ""
-        wiring.warn_once(
-            f"layout:{error.state.name}:below:{route.kind}" if route.common else f"layout:{state.name}",
-            f"layer {state.label}{others}: its input of shape {tuple(shape)}, for an output error of shape "
-            f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
-            f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; or keep the layer "
-            f"on backprop, layers={{{state.name!r}: 'bp'}}",
-        )
+        _say_guess(state, error.state, f"its input of shape {tuple(shape)}", e_shape, route)
     needed = route.feedback_shape
     # All shapes of x that need the same B share it: a short last batch, another sequence length.
     key = (structure, error.state.name, index, needed, dtype, device)
@@ -134,6 +122,57 @@ def _route(
     if isinstance(feedback, Feedback) and feedback.width != needed[0]:
         route = plan(state, rule, error, shape, heard(feedback, e_shape, error.axis), structure.routing)
     return route, feedback, needed
+
+
+def lead_to(state: LayerState, above: LayerState, lead: tuple[int, ...], e: Tensor) -> Tensor:
+    """``e`` of the output layer ``above``, with a row for each of the rows ``lead`` of a tensor on the way to a layer.
+
+    Raises:
+        RoutingError: if there is no way to that tensor.
+    """
+    axis, rule, over = above.kind.axis(e.dim()), state.rule, above.rule
+    layout = rule.layout if isinstance(rule, DirectRule) else None
+    n = e.shape[axis]
+    try:
+        route = route_to(
+            (*lead, n),
+            -1,
+            tuple(e.shape),
+            axis,
+            structure="channel",
+            layout=layout,
+            e_layout=over.layout if isinstance(over, DirectRule) else layout,
+            seen=state.order,
+            hint=state.layout,
+        )
+    except RoutingError as problem:
+        how = f"its rows are put, by an index, into a tensor with {tuple(lead)} rows, and for those there is"
+        raise _none(state, above, f"{how} {problem}") from None
+    if route.ambiguous is not None:
+        _say_guess(state, above, f"what its rows are put into by an index, {tuple(lead)} rows", e.shape, route)
+    return route.through(e, lambda rows: rows)
+
+
+def _none(state: LayerState, above: LayerState, problem: str) -> RoutingError:
+    """There is no way from an output layer to a layer."""
+    return RoutingError(
+        f"layer {state.label} (output layer {above.label}): {problem}. Keep the layer on backprop or a "
+        f"local rule, layers={{{state.name!r}: 'bp'}}, or feed back a larger unit that has the batch in "
+        "front, blocks=[...]"
+    )
+
+
+def _say_guess(state: LayerState, above: LayerState, what: str, e_shape: torch.Size, route: Route) -> None:
+    """Shapes fit more than one way."""
+    make = f"{type(state.rule).__name__}(layout='sequence_first')"
+    others = _AND_OTHERS if route.common else ""
+    state.wiring.warn_once(
+        f"layout:{above.name}:below:{route.kind}" if route.common else f"layout:{state.name}",
+        f"layer {state.label}{others}: {what}, for an output error of shape "
+        f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
+        f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; or keep the layer "
+        f"on backprop, layers={{{state.name!r}: 'bp'}}",
+    )
 
 
 def heard(feedback: Tensor | Feedback, e_shape: torch.Size, axis: int) -> torch.Size:

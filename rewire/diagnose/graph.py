@@ -68,8 +68,8 @@ class Flow:
 
     def _rows_of(self, output: Seen) -> dict[Seen, Callable[[Tensor], Tensor]]:
         y = output.outputs[0]
-        axis, picked = output.state.kind.axis(y.dim()), output.pick is not None
-        return rows_below(output.sources, y.shape, axis, picked, self._at.get, lambda below: below.sources)
+        picked = output.pick is not None
+        return rows_below(output.sources, output.state, y.shape, picked, self._at.get, lambda below: below.sources)
 
 
 def may_be_outputs(seen: Pass, starts: Callable[[Seen], bool]) -> set[Seen]:
