@@ -67,7 +67,7 @@ class Pick:
     def of(self, below: Pick) -> Pick | None:
         """Rows of rows: these, picked from what ``below`` picked; None if they do not fit together."""
         fits = math.prod(self.lead) == len(below.rows)
-        return Pick(below.lead, below.rows[self.rows]) if fits else None
+        return type(below)(below.lead, below.rows[self.rows]) if fits else None
 
 
 class Unclear(Exception):

@@ -8,6 +8,7 @@ sample that the row went to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from rewire.picks import Pick
 C = TypeVar("C")
 
 _POURS = ("IndexAddBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexReduceBackward", "IndexPutBackward")
+_SCATTER = "MaskedScatterBackward"
 _PICKS = ("IndexBackward", "IndexSelectBackward", "GatherBackward")
 
 
@@ -64,8 +66,15 @@ def pours_below(
 
 
 def pours(node: Node) -> bool:
-    """Whether a node is of an operation that adds up rows by index."""
-    return node.name().startswith(_POURS)
+    """Whether a node is of an operation that adds up rows by index, or puts them at their places."""
+    return node.name().startswith((*_POURS, _SCATTER))
+
+
+class Placed(Pick):
+    """Rows put at their places in a sequence of others, as those of an image among words.
+
+    What lies at these places has no errors of its own, but is looked at from others.
+    """
 
 
 def _same(one: Pick | None, other: Pick | None) -> bool:
@@ -77,6 +86,8 @@ def _made(node: Any) -> Pick | None:
     if not pours(node):
         return None
     name, shape = node.name(), shape_of(node)
+    if name.startswith(_SCATTER):
+        return _scattered(shape, node._saved_mask, node._saved_source_sym_sizes)
     if name.startswith("IndexPutBackward"):
         return _put(shape, node._saved_indices)
     if int(node._saved_dim) % 2**64 not in (0, -len(shape) % 2**64):
@@ -105,3 +116,14 @@ def _put(shape: tuple[int, ...], indices: Sequence[Tensor | None]) -> Pick | Non
     for size, index in zip(shape[1:], places[1:], strict=False):
         flat = flat * size + index % size  # negative ones count from the end
     return Pick(shape[: len(places)], flat.flatten())
+
+
+def _scattered(shape: tuple[int, ...], mask: Tensor, source: Sequence[int]) -> Pick | None:
+    """The same for ``tensor.masked_scatter(mask, rows)``: one after the other, to where the mask is true."""
+    if len(shape) < 2 or not source or source[-1] != shape[-1]:
+        return None
+    first = mask.expand(shape)[..., :1]
+    if mask.dim() == len(shape) and mask.stride(-1) and mask.shape[-1] > 1 and not bool((mask == first).all()):
+        return None  # numbers, and no rows
+    rows = first.flatten().nonzero()[:, 0]
+    return Placed(shape[:-1], rows) if math.prod(source[:-1]) == len(rows) else None

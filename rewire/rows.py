@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from rewire.errors import PassError
-from rewire.nodes import Node, puts_behind
+from rewire.nodes import Node, puts_behind, shape_of
 from rewire.parts import parts_below
 from rewire.passes import (
     CALL,
@@ -130,9 +130,9 @@ def rows_below(
     rows: dict[C, Callable[[Tensor], Tensor]] = {}
     if not chosen and len(shape) > 1 and not straight:
         rows.update(parts_below(roots, shape[0], call_at, sources_of))
-    if not straight:
-        poured = pours_below(roots, call_at, sources_of)
-        rows.update({call: Poured(pour, call.state, output) for call, pour in poured.items()})
+    for lower, pour in ({} if straight else pours_below(roots, call_at, sources_of)).items():
+        x = next(iter(sources_of(lower)), None)
+        rows[lower] = Poured(pour, lower.state, output, () if x is None else shape_of(x))
     if not chosen and len(shape) == 3 and output.kind.axis(3) == -1:
         rows = spread_below(roots, shape, call_at, sources_of) | rows
     return rows

@@ -1,4 +1,4 @@
-"""Rows put by index into a tensor that has other rows than the error: experts on tokens, an error for each sample."""
+"""Rows put by index into a tensor that has other rows than the error: experts on tokens, images among words."""
 
 import pytest
 import torch
@@ -146,3 +146,120 @@ def test_no_way_to_what_rows_are_put_into():
     message = r"layer 'down'.*\(7,\) rows.*error of shape \(4, 4\).*layers=\{'down': 'bp'\}"
     with pytest.raises(rewire.RoutingError, match=message):
         one_pass(model, randn(N, 7), loss)
+
+
+PATCHES = 4
+# For each token of two texts, whether there is a patch of an image in its place.
+ONE_EACH = torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]]).bool()
+ONE = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]]).bool()
+TWO_AND_ONE = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1, 0]]).bool()
+IN_TWO_TEXTS = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]]).bool()
+TEXT = labels(2, 10, classes=7)
+
+
+class Attention(nn.Module):
+    """Every position looks at those before it."""
+
+    def forward(self, h):
+        ones = torch.ones(h.shape[1], h.shape[1], dtype=h.dtype).tril()
+        return h + ones @ h / ones.sum(1, keepdim=True)
+
+
+def expanded(h, mask, patches):
+    return h.masked_scatter(mask[..., None].expand_as(h), patches)
+
+
+def broadcast(h, mask, patches):
+    return h.masked_scatter(mask[..., None], patches)
+
+
+def in_place(h, mask, patches):
+    return h.clone().masked_scatter_(mask[..., None], patches)
+
+
+class Images(nn.Module):
+    """A tower with a class token in front of its patches, which are put into a text; errors at its words."""
+
+    def __init__(self, put=expanded, packed=False, folded=False, pooled=False):
+        super().__init__()
+        self.patch, self.first = nn.Linear(5, 6), nn.Parameter(torch.randn(6))
+        self.tower, self.project = nn.Linear(6, 6), nn.Linear(6, 8)
+        self.words, self.mid, self.head = nn.Embedding(7, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.attention = Attention()
+        self.put, self.packed, self.folded, self.pooled = put, packed, folded, pooled
+
+    def forward(self, text, mask, images):
+        h = self.patch(images)
+        if self.packed:
+            h = torch.tanh(self.tower(h.reshape(1, -1, 6)))
+        else:
+            h = torch.cat([self.first.expand(len(h), 1, 6), h], 1)
+            h = self.attention(torch.tanh(self.tower(h)))[:, 1:]
+        h = self.project(h.flatten(0, 1) if self.folded else h)
+        h = self.put(self.words(text), mask, torch.cat([*h]) if h.dim() > 2 else h)
+        h = self.attention(torch.tanh(self.mid(self.attention(h))))
+        return self.head(h.mean(1) if self.pooled else h)
+
+
+def words_alone(mask):
+    """Nothing is predicted where images are."""
+    classes = labels(2, 10).masked_fill(mask, -100)
+
+    def loss(out):
+        if out.dim() == 2:
+            return F.cross_entropy(out, classes[:, -1].abs() % 4)
+        return F.cross_entropy(out.flatten(0, 1), classes.flatten())
+
+    return loss
+
+
+@pytest.mark.parametrize("put", [expanded, broadcast, in_place])
+@pytest.mark.parametrize("options", [{}, {"folded": True}, {"pooled": True}], ids=["plain", "folded", "pooled"])
+@pytest.mark.parametrize(
+    ("mask", "samples"),
+    [(ONE_EACH, [0, 1]), (ONE, [1]), (TWO_AND_ONE, [0, 0, 1])],
+    ids=["one each", "one", "two and one"],
+)
+def test_images_get_the_mean_error_of_their_own_text(mask, samples, options, put):
+    inputs, loss = (TEXT, mask, randn(len(samples), PATCHES, 5)), words_alone(mask)
+    model, _ = check(lambda: Images(put, **options), inputs, loss, "dfa", outputs=["head"])
+    seen = handed_back(model, inputs, loss, "tower", "project")
+    e, B = rewire.output_error(model), rewire.feedback(model)
+    e = e if options.get("pooled") else e.mean(1)
+    for name in ("tower", "project"):
+        (got,) = seen[name]
+        rows = len(got.flatten(0, -2)) // len(samples)
+        torch.testing.assert_close(got.flatten(0, -2), (e[samples] @ B[name]).repeat_interleave(rows, 0))
+    assert model.first.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("mask", [TWO_AND_ONE, IN_TWO_TEXTS], ids=["two and one", "in two texts"])
+def test_images_one_behind_the_other(mask):
+    """They look like a single sample, and an image may go to more than one text."""
+    samples = mask.nonzero()[:, 0]
+    inputs, loss = (TEXT, mask, randn(len(samples) // PATCHES, PATCHES, 5)), words_alone(mask)
+    model, _ = check(lambda: Images(packed=True), inputs, loss, "dfa", outputs=["head"], zero=["first"])
+    (got,) = handed_back(model, inputs, loss, "project")["project"]
+    torch.testing.assert_close(got[0], rewire.output_error(model).mean(1)[samples] @ rewire.feedback(model)["project"])
+
+
+def test_numbers_are_no_rows():
+    """A mask that is another for each feature puts nothing in its place whole: shapes have to tell."""
+    mask = torch.zeros(2, 5, 6, dtype=torch.bool)
+    mask[0, :4, 0] = mask[1, :, 1:4] = True
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = torch.tanh(self.b(torch.tanh(self.a(x))))
+            return self.head(h.new_ones(2, 5, 6).masked_scatter(mask, h))
+
+    x = randn(4, 5)
+    model = rewire.convert(build(Net), "dfa", scale=0.3)
+    for _ in range(2):
+        (got,) = handed_back(model, x, lambda out: out.square().mean(), "b")["b"]
+        e, B = rewire.output_error(model), rewire.feedback(model)
+        torch.testing.assert_close(got, e.mean(1)[[0, 0, 1, 1]] @ B["b"])
