@@ -29,6 +29,7 @@ from rewire.nodes import Node
 from rewire.passes import backward_id
 from rewire.state import LayerState
 from rewire.steady import steady_projection
+from rewire.ties import note_ties, tie
 from rewire.uses import Owned
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -67,7 +68,11 @@ class Host:
         """After a first forward: should a weight that nobody was seen using get a gradient, say so."""
         for name, state in self.below:
             weight = state.kind.own(module.get_submodule(name))
-            if weight is not None and weight.requires_grad and not (state.ran or state.functional):
+            if weight is None or not weight.requires_grad or state.ran or state.functional:
+                continue
+            if state.shared:  # the other modules that have it may give it a gradient: the graph is asked instead
+                state.wiring.note_weight(state, weight)
+            else:
                 hook: Any = weight.register_hook
                 self.handles.append(hook(partial(_unseen, state)))
 
@@ -82,7 +87,7 @@ class Host:
             if not wiring.looked:
                 return self.below
         self.below = []
-        waiting = [entry for entry in self.children if not entry[1].ran and entry not in self.used]
+        waiting = [entry for entry in self.children if not _ran(entry[1]) and entry not in self.used]
         if waiting and self.patience:
             self.patience -= 1
             return [*self.used, *waiting]
@@ -131,8 +136,16 @@ def leave(module: nn.Module, args: Any, output: Any) -> None:
         module.__dict__[_ATTRIBUTE].unseen(module)
 
 
+def _ran(state: LayerState) -> bool:
+    """Whether it ran, or a layer that has its weight: what that does with the weight is no use by another module."""
+    return state.ran or any(twin.ran for twin in state.twins)
+
+
 def _unseen(state: LayerState, gradient: Tensor) -> None:
+    if state.ran or state.functional:  # since the module's forward: a head that the training loop applies
+        return
     state.dead("another module uses its weight where nobody can see it")
+    state.unseen = True
 
 
 def plan(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> list[tuple[nn.Module, Host]]:
@@ -141,6 +154,7 @@ def plan(model: nn.Module, states: dict[nn.Module, list[LayerState]]) -> list[tu
     Args:
         states: of the layers to be converted, which are noted there.
     """
+    note_ties(model, states)
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         names.setdefault(module, name)
@@ -217,7 +231,6 @@ class Watch(TorchFunctionMode):
         last: its output projection.
         within: nodes of what its other projections have made, if its output can be of nothing else.
         owned: the watched weights, and what modules made of them, by the tensor's identity.
-        tied: the further layers that have a watched weight too.
         joined: what modules made of several watched weights, by its identity.
         stack: the modules being watched, outermost first, their hosts, and the weights watched for on their behalf.
     """
@@ -228,7 +241,6 @@ class Watch(TorchFunctionMode):
         self.last: LayerState | None = None
         self.within: list[Node] | None = None
         self.owned: dict[int, Owned] = {}
-        self.tied: dict[int, list[LayerState]] = {}
         self.joined: dict[int, Joined] = {}
         self.stack: list[tuple[nn.Module, Host | None, list[Owned]]] = []
 
@@ -244,7 +256,7 @@ class Watch(TorchFunctionMode):
                 owned = self.owned[id(weight)] = Owned(layer, state, name, weight, weight)
                 added.append(owned)
             elif self.owned[id(weight)].state is not state:
-                self.tied.setdefault(id(weight), []).append(state)
+                tie(state, self.owned[id(weight)].state)  # since conversion
         self.stack.append((module, host, added))
 
     def drop(self, module: nn.Module) -> bool:
@@ -263,7 +275,7 @@ class Watch(TorchFunctionMode):
             owned = self.owned.get(id(t._base))
         if owned is None or owned.state.running():
             return None
-        return None if any(state.running() for state in self.tied.get(id(owned.weight), ())) else owned
+        return None if any(twin.running() for twin in owned.state.twins) else owned
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -82,12 +82,14 @@ def _run(
     if state.wiring.unsettled and backward_id() == -1:
         state.wiring.settle()
     state.ran = True
+    if state.unseen:  # so its forward is how its weight is used
+        state.lost, state.unseen = "", False
     if not _takes_part(module, args, kwargs) and not _was_cut(state, args, kwargs):
         return idle(state, forward(module, *args, **kwargs))
     if state.idle:
         state.wake()
     if state.role is Role.UNKNOWN:
-        state.wiring.note_weight(state, module)
+        state.wiring.note_weight(state, state.kind.own(module) if state.kind.local else None)
         if state.active:
             state.check_ranks(module)
         state.fed = state.fed or any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs)))

@@ -58,6 +58,8 @@ class LayerState:
         picks: its input was seen to be rows picked from the batch by index, or its rows to be added up by one.
         idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
         lost: who uses its weight in a way that the rule cannot be applied to, in words; "" if nobody was seen to.
+        unseen: that is a guess, as its weight got a gradient before it ever ran.
+        shared: another module has its weight too; ``twins``: the layers that do (:mod:`rewire.ties`).
         busy: threads in which it is running now.
         observer: called before and after each such use, as forward hooks are around a forward.
         local: what makes B in calls under a local rule, kept from call to call.
@@ -121,6 +123,9 @@ class LayerState:
         self.busy: set[int] = set()
         self.idle = False
         self.lost = ""
+        self.unseen = False
+        self.shared = False
+        self.twins: list[LayerState] = []
         self.picks = False
         self.stacked = 1
         self.observer: tuple[Any, Any] | None = None
@@ -197,6 +202,7 @@ class LayerState:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.unseen, self.shared, self.twins = False, False, []  # in files of older versions there are none
         self.__dict__.update(state)
         note_changed(self.made)
         note_changed(self.randoms)
@@ -214,6 +220,7 @@ class LayerState:
                 if isinstance(state.local, BackwardWeight):
                     state.local.exchange = None
                 state.local = state.learner = state.last = None
+                state.twins = []
             wiring.layers = {}
 
     @property
@@ -284,7 +291,8 @@ class LayerState:
         wiring = self.wiring
         self.exact = isinstance(rule, LearnedDirect) and not wiring.rests and rule.exact(wiring.passes, wiring.sampled)
         self.settled = known and not (isinstance(rule, DirectRule) and (self.needs_scale(rule) or self.exact))
-        self.watched = self.functional or (self.watched and not (self.ran and self.wiring.looked))
+        used = self.functional or any(twin.functional for twin in self.twins)  # and watched for
+        self.watched = used or (self.watched and not (self.ran and self.wiring.looked))
         output = "output-" if self.role is Role.OUTPUT else ""
         self.steady = ""
         special = self.picks or self.wiring.guard is not None or self.learner is not None

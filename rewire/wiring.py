@@ -122,7 +122,7 @@ class Wiring:
         self.pours = False
         self.unclear: set[str] = set()
         self.bypassed: set[Tensor] = set()
-        self._weights: dict[Tensor, LayerState] = {}  # of layers that ran in passes not taken in yet
+        self._weights: dict[Tensor, LayerState] = {}  # in passes not taken in yet
         self.readings: set[Reading] = set()
         self.common: dict[Hashable, Any] = {}
         self.groups: Groups = ()
@@ -210,10 +210,9 @@ class Wiring:
                 "Convert the whole model again, rewire.convert(model, ...)",
             )
 
-    def note_weight(self, state: LayerState, module: nn.Module) -> None:
-        """In a first pass: whose weight is whose."""
-        weight = state.kind.own(module) if state.kind.local else None
-        if weight is not None:
+    def note_weight(self, state: LayerState, weight: Tensor | None) -> None:
+        """In a first pass: whose weight is whose, of layers that ran if there are some."""
+        if weight is not None and (state.ran or weight not in self._weights):
             self._weights[weight] = state
 
     def say_unclear(self) -> None:

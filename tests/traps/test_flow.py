@@ -797,3 +797,36 @@ def test_rows_chosen_of_a_layer_under_another_rule(below):
         wanted = rewire.output_error(model)[[2, 0]] @ rewire.feedback(model)["inner"]
         torch.testing.assert_close(got, wanted)
     assert rewire.verify(model, randn(3, 5), loss).ok
+
+
+class Features(nn.Module):
+    """Its forward gives features; the training loop applies the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return torch.tanh(self.two(torch.tanh(self.one(x))))
+
+
+class Whole(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.head(self.model(x))
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa", "usf"])
+def test_a_head_that_the_training_loop_applies(rule):
+    model = rewire.convert(Features(), rule)
+    x = torch.randn(7, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rewire.RewireWarning)
+        for _ in range(4):
+            model.head(model(x)).square().sum().backward()
+    found = rewire.verify(Whole(model), x, lambda out: out.square().sum())
+    assert found.ok, str(found)
+    assert not any("NOT under" in row.note for row in rewire.summary(model).rows)
