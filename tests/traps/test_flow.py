@@ -1,6 +1,7 @@
 """What runs, how often and in which order: shared, skipped, routed, several heads, several forwards."""
 
 import functools
+import warnings
 
 import pytest
 import torch
