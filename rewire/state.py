@@ -54,6 +54,7 @@ class LayerState:
         turned: the layer below whose output was seen to be transposed to be its input (:mod:`rewire.turns`); "" if
             that was no layer's, None if it was not transposed.
         follows: the layer below whose output, in the same order of dimensions, is its input; "" if none was seen.
+        guess: how its shapes were read where they fit more than one way, in words; "" if they do not.
         stacked: batches that were seen to lie one behind the other in its input (:mod:`rewire.stacks`).
         picks: its input was seen to be rows picked from the batch by index, or its rows to be added up by one.
         idle: in its newest call neither it nor anything below it needed a gradient: it is frozen, and costs nothing.
@@ -175,6 +176,7 @@ class LayerState:
         self.layout: str | None = None
         self.turned: str | None = None
         self.follows = ""
+        self.guess = ""
         self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.structures: dict[tuple[str, int], Structure] = {}
         self.kept_as: dict[tuple[str, int], tuple[torch.dtype, torch.device]] = {}
@@ -202,7 +204,8 @@ class LayerState:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.unseen, self.shared, self.twins = False, False, []  # in files of older versions there are none
+        # In files of older versions there are none:
+        self.unseen, self.shared, self.twins, self.looked, self.guess = False, False, [], frozenset(), ""
         self.__dict__.update(state)
         note_changed(self.made)
         note_changed(self.randoms)

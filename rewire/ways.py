@@ -166,12 +166,17 @@ def _say_guess(state: LayerState, above: LayerState, what: str, e_shape: torch.S
     """Shapes fit more than one way."""
     make = f"{type(state.rule).__name__}(layout='sequence_first')"
     others = _AND_OTHERS if route.common else ""
+    state.guess = f"{what} is {route.ambiguous}: a guess"
+    way_out = (
+        f"or, if it is neither, put that layer and those below it under a local rule, layers={{{state.name!r}: 'fa'}}"
+        if route.common
+        else f"or keep the layer on backprop, layers={{{state.name!r}: 'bp'}}"
+    )
     state.wiring.warn_once(
         f"layout:{above.name}:below:{route.kind}" if route.common else f"layout:{state.name}",
         f"layer {state.label}{others}: {what}, for an output error of shape "
         f"{tuple(e_shape)}, is {route.ambiguous}. Say which it is with the rule's layout, 'batch_first' or "
-        f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; or keep the layer "
-        f"on backprop, layers={{{state.name!r}: 'bp'}}",
+        f"'sequence_first': convert(model, {make}), or layers={{{state.name!r}: {make}}}; {way_out}",
     )
 
 

@@ -1076,3 +1076,7 @@ def test_each_kind_of_guess_is_said():
     guesses = [str(one.message) for one in said if "Say which it is" in str(one.message)]
     assert len(guesses) == 2
     assert "2 samples, whose errors are 2 rows each" in guesses[0] and "no batch dimension" in guesses[1]
+    assert all("if it is neither, put that layer and those below it under a local rule" in guess for guess in guesses)
+    for rows, says in ((4, "2 rows each"), (3, "no batch dimension")):
+        found = rewire.verify(model, (x, rows), lambda out: out.square().sum())
+        assert says in {layer.name: layer.note for layer in found.layers}["two"]

@@ -585,7 +585,7 @@ class _Verify:
             if isinstance(rule, DirectRule) and not rule.silent and self._error_arrives(pairs):
                 return UNROUTED, "nothing was handed back, though there is an output error"
             return LIVE, "zeros, as the rule says"
-        return LIVE, "hands back what backprop does" if as_backprop else ""
+        return LIVE, "hands back what backprop does" if as_backprop else state.guess
 
     def _expected(self, call: Seen, place: Place) -> Tensor | None:
         """What a direct rule says comes back at ``place``; None where it cannot be computed again."""
