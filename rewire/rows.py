@@ -133,7 +133,7 @@ def rows_below(
     for lower, pour in ({} if straight else pours_below(roots, call_at, sources_of)).items():
         x = next(iter(sources_of(lower)), None)
         rows[lower] = Poured(pour, lower.state, output, () if x is None else shape_of(x))
-    if not chosen and len(shape) == 3 and output.kind.axis(3) == -1:
+    if not chosen and len(shape) in (2, 3) and output.kind.axis(len(shape)) == -1:
         rows = spread_below(roots, shape, call_at, sources_of) | rows
     return rows
 

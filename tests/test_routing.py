@@ -791,10 +791,15 @@ def test_model(row):
 
 
 class Biased(nn.Module):
-    """Attention-like: a table of relative positions goes through an MLP of its own and is added to each sample."""
+    """Attention-like: a table of relative positions goes through an MLP of its own and is added to each sample.
 
-    def __init__(self, table):
+    Args:
+        followed: the graph shows that it is the same for all samples.
+    """
+
+    def __init__(self, table, followed=True):
         super().__init__()
+        self.followed = followed
         self.register_buffer("table", table)
         self.lower, self.layer = nn.Linear(2, 6), nn.Linear(6, 5)
         self.head = nn.Linear(5, 4)
@@ -805,8 +810,8 @@ class Biased(nn.Module):
     def forward(self, inputs):
         self.x = self.below(inputs)
         self.x.retain_grad()
-        bias = self.layer(self.x)
-        return self.head(torch.tanh(inputs + bias.flatten(0, -2).mean(0)))
+        rows = self.layer(self.x).flatten(0, -2)
+        return self.head(torch.tanh(inputs + rows.mean(0) if self.followed else inputs @ (rows.T @ rows)))
 
 
 def test_relative_position_bias_has_no_batch():
@@ -816,9 +821,16 @@ def test_relative_position_bias_has_no_batch():
     check_model(model, (3, 5), no_batch)
 
 
-def test_a_table_without_the_leading_one_is_said_once():
+def test_a_table_without_the_leading_one_is_followed(recwarn):
     torch.manual_seed(0)
-    model = Biased(draw(7, 9, 2)).double()
+    model = rewire.convert(Biased(draw(7, 9, 2)).double(), "dfa", scale=0.3)
+    check_model(model, (4, 5), no_batch)
+    assert not [w for w in recwarn if issubclass(w.category, rewire.RewireWarning)]
+
+
+def test_a_table_without_the_leading_one_is_said_once_where_it_cannot_be():
+    torch.manual_seed(0)
+    model = Biased(draw(7, 9, 2), followed=False).double()
     rewire.convert(model, "dfa", scale=0.3)
     with pytest.warns(rewire.RewireWarning) as said:
         check_model(model, (4, 5), no_batch)
@@ -974,7 +986,7 @@ class Odd(nn.Module):
 
     def forward(self, inputs):
         table = self.layer(torch.tanh(self.lower(self.things + 1)))
-        return self.head(inputs + table.mean(0))
+        return self.head(inputs @ (table.T @ table))  # after which nobody can follow where the batch is
 
 
 @pytest.mark.parametrize("scale", ["auto", 0.3])
