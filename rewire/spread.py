@@ -155,7 +155,7 @@ def _below(node: Any, place: int, dims: Dims, below: tuple[int, ...]) -> Dims:
         return _repeated(node, batch, here, below), _repeated(node, rows, here, below)
     if name.startswith(_MIXES):
         return min(batch, _UNKNOWN), min(rows, _UNKNOWN)
-    if len(below) > len(here) and below[0] == below[1] and not views(node):
+    if len(below) > len(here) > 0 and below[0] == below[1] and not views(node):
         return min(batch, _UNKNOWN), min(rows, _UNKNOWN)  # a sum, or what was taken out, along either dimension
     batch, rows = _through_anything(dims, here, below)
     return batch, min(rows, _UNKNOWN) if name.startswith(_PRODUCTS) else rows

@@ -166,6 +166,7 @@ def test_a_smaller_last_batch():
 OWN = {
     "picked and broadcast": lambda h: h[torch.arange(len(h))] + h[:1],
     "minus the mean": lambda h: h - h.mean(0),
+    "minus a number": lambda h: h - h[:, 0].mean(),
     "beside one expanded": lambda h: torch.cat([h[:1].expand(len(h), -1), h], 1)[:, 3:],
 }
 
