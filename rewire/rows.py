@@ -25,7 +25,7 @@ from rewire.poured import Poured
 from rewire.pours import pours, pours_below
 from rewire.roles import Role
 from rewire.rules.base import DirectRule
-from rewire.spread import spread_below
+from rewire.spread import spread_below, spreads
 from rewire.stacks import stacked_below
 from rewire.state import LayerState
 from rewire.streaming import stream_of
@@ -84,7 +84,7 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
 
 
 def _is_straight(call: Call) -> bool:
-    """Whether nothing below puts rows behind one another, or adds them up by index.
+    """Whether nothing below puts rows behind one another, adds them up by index, or makes many of one.
 
     In the first passes every layer may be an output layer. What was found below one of them is not looked for again:
     such passes would cost the square of the number of layers.
@@ -95,7 +95,7 @@ def _is_straight(call: Call) -> bool:
         node = stack.pop()
         lower = call_of(node)
         if lower is None:
-            if puts_behind(node) or pours(node):
+            if puts_behind(node) or pours(node) or spreads(node):
                 return False
             parents = [parent for parent, _ in node.next_functions if parent is not None]
         elif lower.own and not lower.own[0].straight:
@@ -125,12 +125,14 @@ def rows_below(
         chosen: its rows were picked from the batch.
         call_at: the call whose output a node is.
         sources_of: graph nodes of its inputs.
-        straight: nothing below puts rows behind one another, or adds them up by index.
+        straight: nothing below puts rows behind one another, adds them up by index, or makes many of one.
     """
     rows: dict[C, Callable[[Tensor], Tensor]] = {}
-    if not chosen and len(shape) > 1 and not straight:
+    if straight:
+        return rows
+    if not chosen and len(shape) > 1:
         rows.update(parts_below(roots, shape[0], call_at, sources_of))
-    for lower, pour in ({} if straight else pours_below(roots, call_at, sources_of)).items():
+    for lower, pour in pours_below(roots, call_at, sources_of).items():
         x = next(iter(sources_of(lower)), None)
         rows[lower] = Poured(pour, lower.state, output, () if x is None else shape_of(x))
     if not chosen and len(shape) in (2, 3) and output.kind.axis(len(shape)) == -1:

@@ -140,13 +140,28 @@ def _shown(made: tuple[int, ...], lead: tuple[int, ...], unclear: bool) -> bool:
     return unclear and len(lead) > 1 and made[0] % lead[1] == 0
 
 
+def spreads(node: Any) -> bool:
+    """Whether an operation makes more of an input's numbers: ``expand``, sums of unlike shapes; also a batch of one."""
+    name, here = node.name(), shape_of(node)
+    if not _broadcasts(name) and not name.startswith(("RepeatBackward", "UnsqueezeBackward")):
+        return False
+    return any(
+        parent is not None and parent.next_functions and shape_of(parent, at) != here
+        for parent, at in node.next_functions
+    )
+
+
+def _broadcasts(name: str) -> bool:
+    return name.removesuffix("Backward0").removesuffix("Backward1") in _BROADCASTS
+
+
 def _below(node: Any, place: int, dims: Dims, below: tuple[int, ...]) -> Dims:
     """The same dimensions in an input of a node, of shape ``below``."""
     name, here = node.name(), shape_of(node, place)
     batch, rows = dims
     if name.startswith(_MOVES):
         return _moved(node, batch), _moved(node, rows)
-    if name.removesuffix("Backward0").removesuffix("Backward1") in _BROADCASTS:
+    if _broadcasts(name):
         return _expanded(batch, here, below), _expanded(rows, here, below)
     if name.startswith(("CatBackward", "SliceBackward")) and here != below:
         along = counted(node._saved_dim, len(here))

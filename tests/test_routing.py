@@ -1059,7 +1059,8 @@ def test_first_passes_look_at_each_node_once(depth, monkeypatch):
     looked = []
     plain = rows.puts_behind
     monkeypatch.setattr(rows, "puts_behind", lambda node: looked.append(node) or plain(node))
-    monkeypatch.setattr(rows, "parts_below", lambda *args: pytest.fail("nothing here puts rows behind one another"))
+    for name in ("parts_below", "pours_below", "spread_below"):
+        monkeypatch.setattr(rows, name, lambda *args: pytest.fail("nothing here moves rows"))
     layers = [m for _ in range(depth) for m in (nn.Linear(4, 4), nn.Tanh())]
     rewire.convert(model := nn.Sequential(*layers), "dfa", scale=0.1)
     model(torch.randn(3, 4)).sum().backward()
