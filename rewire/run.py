@@ -84,7 +84,7 @@ def _run(
     state.ran = True
     if state.unseen:  # so its forward is how its weight is used
         state.lost, state.unseen = "", False
-    if not _takes_part(module, args, kwargs) and not _was_cut(state, args, kwargs):
+    if not _takes_part(module, args, kwargs) and (streaming.get() is None or not _was_cut(state, args, kwargs)):
         return idle(state, forward(module, *args, **kwargs))
     if state.idle:
         state.wake()
@@ -132,7 +132,7 @@ def _run(
 
 def _was_cut(state: LayerState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an input needs no gradient any more only because another layer of a streamed pass was fed with it."""
-    stream = None if streaming.get() is None else stream_of(state)
+    stream = stream_of(state)
     return stream is not None and any(stream.has_cut(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
 
 
