@@ -104,13 +104,12 @@ def keep(state: LayerState, made: Kept, key: tuple[Any, ...]) -> Tensor | Feedba
     Args:
         key: what :func:`B_of` is called with.
     """
-    of = key[1:3]  # output layer and input
-    oldest = dict.fromkeys(
-        k[3] for k, B in tuple(made.items()) if k[1:3] == of and k[3] != key[3] and not _is_changed(B)
-    )
-    if len(oldest) >= _SIZES and not state.learns:
-        for k in [k for k in tuple(made) if k[1:3] == of and k[3] == next(iter(oldest))]:
-            made.pop(k, None)
+    others = [k for k, B in tuple(made.items()) if k[1:3] == key[1:3] and k[3] != key[3] and not _is_changed(B)]
+    sizes = list(dict.fromkeys(k[3] for k in others))  # of B of this output layer and input, the oldest first
+    if len(sizes) >= _SIZES and not state.learns:
+        for k in others:
+            if k[3] == sizes[0]:
+                made.pop(k, None)
         state.routes = {}  # they hold it too
         state.wiring.warn_once(
             "sizes",
@@ -208,9 +207,9 @@ def random(
         changed = changed_randoms(state)
         same = next((R for k, R in reversed(changed.items()) if (k[0], k[-1]) == (shape, rule.magnitude)), None)
         if same is not None:
-            state.randoms = {**changed, key: (found := _moved(same, dtype, device))}
-            return found
-        unit = standard_normal(shape, seed=state.wiring.seed, name=state.name)
-        found = ((unit.abs_() if rule.magnitude else unit) * state.std).to(device=device, dtype=dtype)
+            found = _moved(same, dtype, device)
+        else:
+            unit = standard_normal(shape, seed=state.wiring.seed, name=state.name)
+            found = ((unit.abs_() if rule.magnitude else unit) * state.std).to(device=device, dtype=dtype)
         state.randoms = {**changed, key: found}
     return found

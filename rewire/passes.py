@@ -116,11 +116,11 @@ class OutputError:
         """What ``rule`` makes of e, computed once per pass for all layers."""
         assert self.error is not None
         if rule not in self._signals:
-            if rule in self.state.looked:
+            if type(rule) in self.state.looked:
                 made = rule.signal(self.error, self.targets, self.axis)
             else:
                 made = first_use.signal(rule, self.state.label, self.error, self.targets, self.axis)
-                self.state.looked |= {rule}
+                self.state.looked |= {type(rule)}
             self._signals[rule] = made
         return self._signals[rule]
 

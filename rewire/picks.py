@@ -128,9 +128,7 @@ def _all_below(root: Node, known: Known, wanted: int, count: int, place: int = 0
             if _leads_to_call(picked_from, known):
                 below, all_of_it = _all_below(picked_from, known, wanted, math.prod(made.lead), -1)
                 picks += [made] if all_of_it or not below else []
-                for (
-                    lower
-                ) in below:  # each by itself: sorted tokens, of which each was sorted k times, and their weights
+                for lower in below:  # each by itself: tokens, each of them sorted k times, and their weights
                     both = made.of(lower)
                     if both is None:
                         raise Unclear

@@ -98,7 +98,7 @@ class LayerState:
         glanced: P of :func:`rewire.learning.glance`.
         reading: the order of dimensions that it has shown.
         gone: its module is, or is converted no longer.
-        looked: rules whose signal of its error was looked at (:mod:`rewire.first_use`), as an output layer.
+        looked: classes of rules whose signal of its error was looked at (:mod:`rewire.first_use`), as an output layer.
         shapes: of B as the last pass needed it, by (output layer, input); ``structures`` likewise.
     """
 
@@ -169,7 +169,7 @@ class LayerState:
         self.routes: dict[tuple[Any, ...], Way] = {}
         self.made: dict[tuple[Any, ...], Tensor | Feedback] = {}
         # One attribute, read once and written once: threads may run backward side by side.
-        self.looked: frozenset[DirectRule] = frozenset()
+        self.looked: frozenset[type[DirectRule]] = frozenset()
         self.last: tuple[tuple[Any, ...], Route, Tensor | Feedback] | None = None
         self.gone = False
         self.reading: Reading | None = None

@@ -6,22 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
+from tests.traps.test_functional_weights import Kernel
 
 LOCAL = ("fa", "usf", "brsf", "frsf")
-
-
-class Kernel(torch.autograd.Function):
-    """x @ weight.t(), as an extension would compute it."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x @ weight.t()
-
-    @staticmethod
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        return g @ weight, g.t() @ x
 
 
 class Inner(nn.Module):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import rewire
 from rewire.rules import LearnedDirect
+from rewire.swap import state_of
 
 X, Y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
 
@@ -189,3 +190,12 @@ def test_a_structure_that_makes_another_shape(rule, scale):
         assert word in said, said
     said = message(rewire.convert(net(), rule, feedback=Turned(nothing=True), scale=scale))
     assert f"Turned.{method} returned None" in said and "(10, 12)" in said
+
+
+def test_what_was_looked_at_does_not_pile_up():
+    """Each block has a rule object of its own."""
+    model, x = rewire.convert(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), "dfa"), torch.randn(2, 4)
+    for _ in range(20):
+        with rewire.use_rule(model, "sdfa"):
+            model(x).sum().backward()
+    assert len(state_of(model[2]).looked) <= 2

@@ -503,14 +503,18 @@ def test_ways_to_pick_rows(how):
     check(Net, X, loss, "fa", outputs=["head"])
 
 
-class SortedByExpert(nn.Module):
-    """Each token goes to its two best experts, sorted by expert, as grouped products take them, and back in order."""
+class ThreeExperts(nn.Module):
+    """As one parameter."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.gate = nn.Linear(5, 6), nn.Linear(6, 3)
         self.experts = nn.Parameter(torch.randn(3, 6, 6) / 3)
         self.mid, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+
+class SortedByExpert(ThreeExperts):
+    """Each token goes to its two best experts, sorted by expert, as grouped products take them, and back in order."""
 
     def forward(self, x):
         h = torch.tanh(self.stem(x))
@@ -625,14 +629,8 @@ def test_one_token_of_each_sample_is_no_pick_of_rows(rule):
     check(Last, labels(N, 5, classes=11), loss, rule, outputs=["head"])
 
 
-class PackedExperts(nn.Module):
-    """Experts as one three-dimensional parameter: left on backprop, and said."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.gate = nn.Linear(5, 6), nn.Linear(6, 3)
-        self.experts = nn.Parameter(torch.randn(3, 6, 6) / 3)
-        self.mid, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+class PackedExperts(ThreeExperts):
+    """All experts for all rows: left on backprop, and said."""
 
     def forward(self, x):
         h = torch.tanh(self.stem(x))
