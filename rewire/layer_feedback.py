@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from rewire import agree, buffers, first_use
 from rewire.feedback import quick_normal, standard_normal, streams
@@ -45,9 +44,10 @@ def B_of(
     place = Place(wiring.seed, stream, suffix, shape, scale, dtype, device, wiring.common)
     if not state.learns:
         same = (structure, output, index, shape)
-        changed = next((B for key, B in reversed(changed_feedback(state)[0].items()) if key[:4] == same), None)
+        kept = reversed(changed_feedback(state)[0].items())
+        changed: Tensor | None = next((B for key, B in kept if key[:4] == same), None)
         if changed is not None:
-            return _moved(changed, structure.kept(place), device)
+            return changed.to(device=device, dtype=structure.kept(place))
         fixed = structure.make(place)
         if not isinstance(fixed, Feedback):
             first_use.shape_of_B(structure, "make", state.label, fixed, shape)
@@ -174,21 +174,9 @@ def changed_randoms(state: LayerState) -> Kept:
     return {key: R for key, R in state.randoms.items() if _is_changed(R)}
 
 
-def note_changed(kept: Kept) -> None:
-    """Copies of what was changed count as changed too: a copy of theirs has to have it as well."""
-    for tensor in kept.values():
-        increment_version(tensor)
-
-
 def _is_changed(B: Tensor | Feedback) -> bool:
+    # Copies, and what was read from files, count too: PyTorch makes them by a change in place.
     return isinstance(B, Tensor) and not B.is_inference() and B._version > 0
-
-
-def _moved(changed: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same feedback for passes of another dtype, or on another device."""
-    moved = changed.to(device=device, dtype=dtype)
-    increment_version(moved)
-    return moved
 
 
 def random(
@@ -207,7 +195,7 @@ def random(
         changed = changed_randoms(state)
         same = next((R for k, R in reversed(changed.items()) if (k[0], k[-1]) == (shape, rule.magnitude)), None)
         if same is not None:
-            found = _moved(same, dtype, device)
+            found = same.to(device=device, dtype=dtype)
         else:
             unit = standard_normal(shape, seed=state.wiring.seed, name=state.name)
             found = ((unit.abs_() if rule.magnitude else unit) * state.std).to(device=device, dtype=dtype)

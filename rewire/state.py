@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rewire import buffers, distributed, handback, layer_feedback, learning, scale
-from rewire.layer_feedback import changed_feedback, note_changed
+from rewire.layer_feedback import changed_feedback
 from rewire.layers.kinds import BackwardWeight, Kind
 from rewire.learned import PREFIX
 from rewire.ready import prepare, traceable
@@ -207,8 +207,6 @@ class LayerState:
         # In files of older versions there are none:
         self.unseen, self.shared, self.twins, self.looked, self.guess = False, False, [], frozenset(), ""
         self.__dict__.update(state)
-        note_changed(self.made)
-        note_changed(self.randoms)
 
     def let_go(self) -> None:
         """Its module is gone, or converted no longer. With the last one goes what would wait for a garbage collector.

@@ -57,6 +57,8 @@ WAYS = {
     "copy of a copy": lambda model: copy.deepcopy(copy.deepcopy(model)),
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "saved whole": saved,
+    "copy of a file": lambda model: copy.deepcopy(saved(model)),
+    "file of a copy": lambda model: saved(copy.deepcopy(model)),
     "average": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
     "float": lambda model: model.float(),
     "float and back": lambda model: step(model.float()) or model.double(),
@@ -126,6 +128,26 @@ def test_tools_look_at_what_was_set(rule):
 def test_verify_says_that_zeros_are_handed_back(rule):
     layer = rewire.verify(zero(converted(rule)), X, loss_of).layers[1]
     assert "nothing was handed back" in layer.note or "zeros" in layer.note
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa"])
+def test_alignment_of_what_was_set_is_that_of_what_was_drawn(rule):
+    """To the bit; but what it would be by chance is drawn from the seed."""
+    drawn = mlp()
+    other = copy.deepcopy(drawn)
+    rewire.convert(drawn, rule, scale=0.1, seed=3)
+    rewire.convert(other, rule, scale=0.1)
+    for model in (drawn, other):
+        for _ in range(2):
+            step(model)
+    for name, B in rewire.feedback(drawn).items():
+        rewire.feedback(other)[name].copy_(B)
+    assert step(other) == step(drawn)
+    one, two = (rewire.alignment(model, X, loss_of, null=2).record() for model in (drawn, other))
+    for record in (one, two):
+        for layer in record["layers"].values():
+            del layer["null_angle"], layer["null_spread"]
+    assert one == two
 
 
 def linear():

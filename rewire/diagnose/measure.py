@@ -33,7 +33,6 @@ from rewire.diagnose.watch import (
     settle,
 )
 from rewire.feedback import standard
-from rewire.layer_feedback import changed_feedback
 from rewire.rules.base import BP, DirectRule, LocalRule, Rule
 from rewire.rules.direct import DFA
 from rewire.rules.local import FA
@@ -96,11 +95,11 @@ class Twin:
 
     def under_fresh_feedback(self, count: int) -> Iterator[Gradients]:
         """3."""
-        before = {state: (state.rule, state.wiring.seed, *changed_feedback(state)) for state in self.states.values()}
+        before = {state: (state.rule, state.wiring.seed) for state in self.states.values()}
         for number in range(count):
             for layer in self.layers.values():
                 state = layer.state
-                rule, seed, *_ = before[state]
+                rule, seed = before[state]
                 state.rule = _by_chance(rule, layer.module)
                 state.wiring.seed = _seed(seed, number)
                 state.wiring.common = {}
@@ -109,10 +108,9 @@ class Twin:
             if any(state.ran and not state.settled for state in self.states.values()):
                 settle(self.states.values(), self._plainly)  # a rule that learns may have had no scale
             yield self._plainly()
-        for state, (rule, seed, made, randoms) in before.items():
+        for state, (rule, seed) in before.items():
             state.rule, state.wiring.seed, state.wiring.common = rule, seed, {}
             state.forget_feedback()
-            state.made, state.randoms = made, randoms
             state.refresh()
 
     def under_backprop(self) -> Watched:

@@ -355,6 +355,17 @@ def test_drtp_knows_targets_of_samples_that_are_known_well(dtype, gap, reduction
     assert torch.equal(drtp_signal(loss, y, labels), hot.to(dtype))
 
 
+@pytest.mark.parametrize("gap", [0, 4, 8, 12])
+def test_drtp_knows_targets_of_a_scaled_loss(gap):
+    """As gradient scalers do: rounding errors are as many times larger."""
+    labels = torch.arange(6) % 5
+    hot = torch.nn.functional.one_hot(labels, 5)
+    y = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) + gap * hot
+    assert torch.equal(
+        drtp_signal(lambda *args: 2**16 * torch.nn.functional.cross_entropy(*args), y, labels), hot.float()
+    )
+
+
 def test_drtp_reads_nothing_off_a_sample_that_has_no_error():
     y = torch.zeros(2, 3)
     y[0, 1] = 200
