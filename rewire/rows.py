@@ -173,6 +173,7 @@ def refuse_picks(state: LayerState) -> None:
     """For a streamed pass, in which rows that are picked, added up or put in their places cannot be followed."""
     if state.picks:
         raise PassError(
-            f"layer {state.label}: rows of its input are picked from the batch by an index, added up or put in their "
-            "places by one, or expanded over the batch, which a streamed pass does not follow: use loss.backward()"
+            f"layer {state.label}: rows of its input are picked from the batch by an index, added up by one, put in "
+            "their places by one, or expanded over the batch, which a streamed pass does not follow: use "
+            "loss.backward()"
         )
