@@ -191,9 +191,9 @@ def attach(planned: list[tuple[nn.Module, Host]]) -> None:
 
 
 def register() -> None:
-    """Tell Dynamo that what begins and ends watching is none of its business outside of a graph."""
-    for hook in (enter, leave):
-        traced.never_alone(hook, within=False)
+    """Tell Dynamo that watching is none of its business outside of a graph."""
+    for watching in (enter, leave, Watch.__torch_function__):
+        traced.never_alone(watching, within=False)
 
 
 def _calls_children(module: nn.Module) -> bool:

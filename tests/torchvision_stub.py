@@ -6,15 +6,28 @@ does) needs no more than their names; detectors also need :func:`detectors` to b
 
 import contextlib
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+
+def load() -> None:
+    """The compiled operations, where they do load: to define their names once more would end the process."""
+    found = importlib.util.find_spec("torchvision")
+    for folder in (found and found.submodule_search_locations) or ():
+        for compiled in Path(folder).glob("_C*.so"):
+            with contextlib.suppress(OSError):
+                torch.ops.load_library(compiled)
+
+
+load()
 operations = torch.library.Library("torchvision", "FRAGMENT")
 for name in ("nms", "qnms"):
-    with contextlib.suppress(RuntimeError):
+    if not hasattr(torch.ops.torchvision, name):
         operations.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 

@@ -6,6 +6,7 @@ code generation out.
 
 import contextlib
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,16 @@ def test_what_cannot_be_compiled_runs_outside():
     for n in (6, 4):
         step(compiled, images(n)), step(twin, images(n))
         same(twin, model)
+
+
+def test_nothing_of_the_library_is_compiled_by_itself():
+    """Outside of graphs, what watches the weights would be compiled again for each of them."""
+    model = torch.compile(rewire.convert(Tokens(), "dfa"), backend="aot_eager")
+    torch._dynamo.utils.clear_compilation_metrics()
+    for _ in range(2):
+        step(model, tokens(6))
+    compiled = {Path(m.co_filename) for m in torch._dynamo.utils.get_compilation_metrics() if m.co_filename}
+    assert compiled and not [path for path in compiled if Path(rewire.__file__).parent in path.parents]
 
 
 def test_several_outputs():

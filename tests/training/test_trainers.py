@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
@@ -211,10 +212,16 @@ def loader(size=4):
 
 
 @RULES
-def test_transformers_trainer(rule, tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transformers_trainer(rule, compiled, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     model = Classifier(rule)
+    if compiled:
+        torch._dynamo.reset()
+        counters.clear()
+        model(X[:4], Y[:4])["loss"].backward()  # as docs/training.md says
+        model.zero_grad()
     settings = transformers.TrainingArguments(
         str(tmp_path),
         num_train_epochs=1,
@@ -228,6 +235,8 @@ def test_transformers_trainer(rule, tmp_path):
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
+        torch_compile=compiled,
+        torch_compile_backend="aot_eager" if compiled else None,
     )
 
     class InOrder(transformers.Trainer):
@@ -237,6 +246,8 @@ def test_transformers_trainer(rule, tmp_path):
     rows = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
     InOrder(model, settings, train_dataset=rows).train()
     agree(model.net, by_hand(rule, pairs(), clip=0.05))
+    if compiled:
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
 
 
 @RULES
