@@ -393,7 +393,11 @@ def test_tokens(viewed, inplace):
     model.zero_grad()
     seen = []
     out = model(x)
-    assert model.middle(x.new_ones(6, 3, 6))._is_view() is viewed
+    tokens = x.new_ones(6, 3, 6)
+    plain = nn.functional.linear(
+        tokens, model.middle.weight, model.middle.bias
+    )  # torch 2.13 returns a view, 2.15 does not
+    assert model.middle(tokens)._is_view() is (viewed and plain._is_view())
     if not inplace:
         model.seen.register_hook(seen.append)
     loss_of(out).backward()
