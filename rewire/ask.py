@@ -19,13 +19,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def feedback(model: nn.Module) -> dict[str, Tensor]:
-    """The feedback actually used, by layer name.
+    """The feedback in use, by layer name: what the next backward hands back by.
+
+    Rules that learn, and those on a schedule, take in what a pass has shown as soon as it is asked for afterwards. So
+    after ``backward()`` this shows the next pass's B: for the one that a backward will use, call it between forward and
+    backward.
 
     Returns:
         For local rules the backward weight, of the weight's shape (``brsf``: the newest draw). For direct
         rules B, of shape ``(n, *input without batch)`` when every element has its own values and
         ``(n, features)`` when positions share them, n being the number of outputs; known once the layer took
-        part in a backward pass. With several output layers the keys of direct rules are ``"layer@output"``.
+        part in a backward pass. Of a layer that several output layers feed the keys are ``"layer@output"``.
         Layers on ``bp``, and direct ones with nothing to hand back, are absent. Tensors are detached; changing them in
         place changes the feedback of ``fa``, and of direct rules where all of B is kept
         (:class:`rewire.structures.Dense`): of this model, of copies and pickles of it, and on other devices and in

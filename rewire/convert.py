@@ -25,9 +25,8 @@ from rewire.rules import DirectRule, LearnedDirect, LearnedLocal, LocalRule, Rul
 from rewire.rules.base import parts_of
 from rewire.scale import weight_scale
 from rewire.select import Choice, Layers, Pattern, RuleLike, check_rule, select
-from rewire.state import LayerState
+from rewire.state import STATE, LayerState
 from rewire.swap import (
-    STATE,
     Parts,
     Swapped,
     attention_class,
@@ -78,9 +77,10 @@ def convert(
             tensor is the feedback and nothing else (direct rules).
         feedback: structure of B for direct rules: ``"dense"``, ``"channel"`` (dense, with one value per channel of a
             convolution's input in place of one per element), ``"uniform"``, ``"orthogonal"``, ``"binary"``,
-            ``"ternary"``, ``"sparse"``, ``"lowrank"``, ``"shared"``, ``"seeded"``, or an object from
-            :mod:`rewire.structures`, such as ``LowRank(rank=64)``. A rule may carry one of its own, which goes before:
-            ``DFA(feedback="lowrank")`` after ``from rewire.rules import DFA``, or ``"dfa(feedback='lowrank')"``.
+            ``"ternary"``, ``"sparse"``, ``"lowrank"``, ``"shared"``, ``"seeded"``, with options
+            ``"lowrank(rank=64)"``; or an object from :mod:`rewire.structures`, such as ``LowRank(rank=64)``. A rule may
+            carry one of its own, which goes before: ``DFA(feedback="lowrank")`` after
+            ``from rewire.rules import DFA``, or ``"dfa(feedback=lowrank(rank=64))"``.
         scale: standard deviation of the feedback's entries. ``"auto"``: for local rules the standard deviation
             of the layer's weight now; for direct rules it is measured: the first training pass is exact
             backprop, and each layer's feedback is scaled to what the layer handed back there (RMS). A number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
+from rewire import traced
 from rewire.errors import PassError
-from rewire.swap import STATE, derive, swap_back, swap_out
+from rewire.state import STATE
+from rewire.swap import derive, swap_back, swap_out
 
 # Not annotated in PyTorch.
 unpack_dual: Callable[[Tensor], Any] = forward_ad.unpack_dual
@@ -60,6 +62,18 @@ def own_derivatives(model: nn.Module) -> Iterator[None]:
             swap_back(module, swapped)
 
 
+def _only_input(module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that f' is taken at: all that the activation may be called with."""
+    given = (*args, *kwargs.values())
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        raise PassError(
+            f"derivative= is for activations of one tensor, f(a); {module.__dict__[STATE].name!r} ({base.__name__}) "
+            f"was called with {len(given)} arguments ({', '.join(type(x).__name__ for x in given)}). Put what is f(a) "
+            "in it into a module of its own, and give that module's class to derivative="
+        )
+    return given[0]
+
+
 _forward_mode: Any = forward_ad  # not annotated in PyTorch
 _surrogate: Callable[..., Tensor] = _Surrogate.apply
 _classes: dict[type, type[nn.Module]] = {}
@@ -70,7 +84,8 @@ def surrogate_class(base: type[nn.Module]) -> type[nn.Module]:
     if base in _classes:
         return _classes[base]
 
-    def forward(self: nn.Module, a: Tensor) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        a = _only_input(self, base, args, kwargs)
         parent: Any = super(cls, self)
         y: Tensor
         state: DerivativeState
@@ -95,5 +110,10 @@ def surrogate_class(base: type[nn.Module]) -> type[nn.Module]:
             )
         return _surrogate(a, y, state.derivative)
 
-    cls = _classes[base] = derive(base, surrogate_class, {"forward": forward})
+    def _slow_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super(cls, self)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not traced.in_jit(self.training)):
+            return parent._slow_forward(*args, **kwargs)
+
+    cls = _classes[base] = derive(base, surrogate_class, {"forward": forward, "_slow_forward": _slow_forward})
     return cls

@@ -214,8 +214,13 @@ class Join(Function):
         fed: list[Tensor | None] = [None] * len(handed)
         if error is not None and gradient is not None:
             state = error.state
+            # A part that is run again ends at a layer that may only look like an output layer. Where nobody is handed
+            # its error, and passes do not count, nothing comes of that.
             if error.nested:
-                raise PassError(reentrant_message(state.label))
+                if error.ports or handed:
+                    raise PassError(reentrant_message(state.label))
+                if state.wiring.counts:
+                    raise PassError(reentrant_message(state.label, "from rules that count passes when one begins"))
             if state.wiring.error_reached(state, error, gradient):
                 if handed:
                     fed = _made(handed, error)
@@ -398,14 +403,16 @@ def _refuse(call: Call, gradient: Tensor | None) -> None:
         raise PassError(reentrant_message(state.label))
     if gradient is not None:
         label, name, wiring = state.label, state.name, state.wiring
+        out = any(wiring.layers[name].gone for name in wiring.outputs if name in wiring.layers)
         raise PassError(
             f"layer {label} got a gradient, but no output error can reach it: its output went to the loss without "
-            f"passing output layer {wiring.outputs_label()}. Call the whole model; or name every layer the loss "
-            f"sees, output=[...]; or keep this part on backprop, layers={{{name!r}: 'bp'}}; or run it under "
-            f"rewire.use_rule(model, 'bp') or torch.no_grad(){_STAGES if _pipelining() else ''}"
+            f"passing output layer {wiring.outputs_label()}. {_TAKEN_OUT if out else ''}Call the whole model; or name "
+            f"every layer the loss sees, output=[...]; or keep this part on backprop, layers={{{name!r}: 'bp'}}; or "
+            f"run it under rewire.use_rule(model, 'bp') or torch.no_grad(){_STAGES if _pipelining() else ''}"
         )
 
 
+_TAKEN_OUT = "That was taken out of the model, or restored, since: convert again. "
 _STAGES = (
     ". Of a pipeline only the last stage has the output error: use a local rule, layers={...: 'fa'}, in the others"
 )
@@ -415,9 +422,10 @@ def _pipelining() -> bool:
     return "torch.distributed.pipelining" in sys.modules
 
 
-def reentrant_message(label: str) -> str:
+def reentrant_message(label: str, hides: str = "the layer from the output error") -> str:
     """What to say when a layer ran inside a backward pass that then went through it."""
     return (
         f"layer {label} was run again inside a backward pass that goes through it: re-entrant activation "
-        "checkpointing hides the layer from the output error. Use checkpoint(..., use_reentrant=False)"
+        f"checkpointing hides {hides}. Use checkpoint(..., use_reentrant=False). For a library that runs modules "
+        "inside of a backward by itself: rewire.use_rule(model, 'bp') around all of it, or rewire.restore(model)"
     )

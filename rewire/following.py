@@ -378,8 +378,10 @@ def step(wiring: Wiring) -> None:
 _COMPLAINTS = {
     "optimizer": "their weights change, and their learned feedback does not: it is a Parameter (rewire_...) that the "
     "optimizer has to hold. Build the optimizer after convert(), or add those parameters to it",
-    "decay": f"their feedback is as far from the weight as it was {_LONG} steps ago. It comes nearer by decay alone: "
-    "give the optimizer a weight_decay (for feedback and weights alike)",
+    "decay": f"their feedback is as far from the weight as it was {_LONG} steps ago. It comes nearer by weight "
+    "decay alone: give the optimizer a weight_decay, or a larger one, for feedback and weights alike. Under pfa (as "
+    "under ldfa) use SGD, with or without momentum: Adam and AdamW scale each entry's step by itself, and feedback and "
+    "weight then take steps that do not belong together",
     "reparametrized": "their weight is made of other parameters since they were converted (pruning, a "
     "parametrization), and so their feedback gets no gradient: it learns no more. Take that off again "
     "(prune.remove), or keep them on another rule, layers={...: 'fa'}",

@@ -42,6 +42,8 @@ def hand_back(
         pick: how the rows of the input were picked from the batch, if they were.
         seen: what a rule whose feedback learns looked at in the forward.
     """
+    if pick is not None:
+        pick = pick.found()
     if seen is not None:
         return learning.hand_back(state, rule, errors, index, shape, dtype, device, pick, seen)
     if len(errors) == 1:  # nearly every pass: no other output could have run this port

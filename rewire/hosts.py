@@ -27,7 +27,7 @@ from rewire.errors import PassError
 from rewire.joined import Joined, apart, joined
 from rewire.nodes import Node
 from rewire.passes import backward_id
-from rewire.state import LayerState
+from rewire.state import STATE, LayerState
 from rewire.steady import steady_projection
 from rewire.ties import note_ties, tie
 from rewire.uses import Owned
@@ -67,7 +67,8 @@ class Host:
     def unseen(self, module: nn.Module) -> None:
         """After a first forward: should a weight that nobody was seen using get a gradient, say so."""
         for name, state in self.below:
-            weight = state.kind.own(module.get_submodule(name))
+            layer = _held(module, name, state)
+            weight = None if layer is None else state.kind.own(layer)
             if weight is None or not weight.requires_grad or state.ran or state.functional:
                 continue
             if state.shared:  # the other modules that have it may give it a gradient: the graph is asked instead
@@ -111,6 +112,8 @@ def enter(module: nn.Module, args: Any) -> None:
                 f"layer on backprop, layers={{{host.used[0][1].name!r}: 'bp'}}"
             )
         return
+    if traced.in_jit(module.training):
+        return
     layers = host.left()
     if not layers:
         remove(module)
@@ -134,6 +137,32 @@ def leave(module: nn.Module, args: Any, output: Any) -> None:
         mode: Any = watch
         mode.__exit__(None, None, None)
         module.__dict__[_ATTRIBUTE].unseen(module)
+
+
+def _held(module: nn.Module, name: str, state: LayerState) -> nn.Module | None:
+    """What stands at ``name`` below ``module``: the layer of ``state``, or what was put around it (an adapter).
+
+    Returns:
+        None if the layer was taken out since its conversion. A warning says so if something else with weights is there
+        and the layer, still held by somebody, does not say so itself.
+    """
+    try:
+        layer = module.get_submodule(name)
+    except AttributeError:
+        return None
+    if not name or layer.__dict__.get(STATE) is state:
+        return layer
+    from rewire.swap import states_of  # imports this module
+
+    if any(state in states_of(inside) for inside in layer.modules()):
+        return layer
+    if not state.gone and next(layer.parameters(), None) is not None:
+        state.wiring.warn_once(
+            f"replaced:{state.name}",
+            f"layer {state.label} was replaced since it was converted: the {type(layer).__name__} in its place has no "
+            "rule and keeps backprop. Convert again to give it one",
+        )
+    return None
 
 
 def _ran(state: LayerState) -> bool:
@@ -248,9 +277,9 @@ class Watch(TorchFunctionMode):
         """Watch for ``layers``, given by their name relative to ``module``, until :meth:`drop`."""
         added: list[Owned] = []
         for name, state in layers:
-            layer = module.get_submodule(name)
-            weight = state.kind.own(layer)
-            if weight is None:
+            layer = _held(module, name, state)
+            weight = None if layer is None else state.kind.own(layer)
+            if layer is None or weight is None:
                 continue
             if id(weight) not in self.owned:
                 owned = self.owned[id(weight)] = Owned(layer, state, name, weight, weight)

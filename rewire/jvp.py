@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
 
-from rewire import learning
+from rewire import learning, traced
 from rewire.errors import PassError
 from rewire.feedback import quick_normal
 from rewire.passes import OutputError, backward_id
@@ -70,6 +70,8 @@ def remove(module: nn.Module) -> None:
 def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a converted model: a probe, if the pass that begins is to have one."""
     if not torch.is_grad_enabled() or backward_id() != -1 or torch._C._are_functorch_transforms_active():
+        return
+    if traced.in_jit(model.training):
         return
     wiring: Wiring = model.__dict__[_ATTRIBUTE]
     if wiring.rests:

@@ -152,4 +152,18 @@ def forward_for(base: type[nn.Module]) -> Forward | None:
     return forward
 
 
+FAST = "_rewired_fast"  # where a converted layer's class has what :func:`forward_for` gave
+
+
+def fastest(module: nn.Module, forward: Forward) -> Forward:
+    """What runs in place of ``forward`` for inputs that need no gradient: the same on every way through a call.
+
+    What activation checkpointing runs again in the backward may go another way than before (a pass is over by then, or
+    feedback that learns has its place), and has to save what the first run saved.
+    """
+    cls: Any = type(module)
+    fast: Forward | None = getattr(cls, FAST, None)
+    return forward if fast is None or forward is not cls._rewired_from.forward else fast
+
+
 _convolution = eager(_Convolution)

@@ -265,6 +265,7 @@ def study(
 ) -> None:
     """Let a rule whose feedback learns see the exact gradient of a pass."""
     assert isinstance(rule, LearnedDirect)
+    pick = None if pick is None else pick.found()
     find_shapes(state, rule, errors, index, exact.shape, exact.dtype, exact.device, pick)
     gather(state, rule, errors, index, Like(exact.shape, exact.dtype, exact.device), exact, pick, seen)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rewire import first_use
 from rewire.errors import PassError
+from rewire.exchange import exchangeable
 from rewire.layers.kinds import BackwardWeight
 from rewire.passes import backward_id
 from rewire.rules.base import LocalRule
@@ -92,7 +93,9 @@ def local_weight(state: LayerState, rule: LocalRule) -> BackwardWeight:
     if _transforming() and (packed := given_local(state)) is not None:
         return GivenWeight(state, rule, packed)
     if rule.redraw:
-        if backward_id() == -1:  # a recomputation in backward is still the same pass
+        # A recomputation in backward is still the same pass: such have hooks on all that is saved. Without them it is
+        # the first run with gradients (re-entrant checkpointing).
+        if backward_id() == -1 or exchangeable():
             state.draws += 1
         return LocalWeight(state, rule, state.draws)
     made = state.local

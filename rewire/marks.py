@@ -38,7 +38,7 @@ def finish(
 ) -> Any:
     """Leave the call on the graph; join the output to the pass unless the layer is known to be hidden."""
     call = Call(state, sources, tickets, errors, ports)
-    call.pick = pick
+    call.pick = None if pick is None else pick.above()
     if state.start is None and backward_id() == -1:
         state.note_start(output)
     joins = state.joins

@@ -12,8 +12,7 @@ from rewire.derivative import DerivativeState
 from rewire.errors import ConversionError, nearest
 from rewire.saved import Saved
 from rewire.select import select
-from rewire.state import LayerState
-from rewire.swap import STATE
+from rewire.state import STATE, LayerState
 from rewire.wiring import Wiring
 
 _MOST = 12  # differences listed

@@ -97,6 +97,8 @@ class OutputError:
             self._hidden = True
             return False
         self._arrived = now
+        if self.pick is not None:
+            self.pick = self.pick.found()
         self.state.called = False
         self._pending = self.ports
         self.error = gradient
@@ -151,15 +153,32 @@ class PartialError(OutputError):
     Args:
         entire: e itself.
         rows: makes of e what the layer sees of it.
+        unless: a call whose rows may have been picked by index: should the backward find so, it sees e itself.
     """
 
-    __slots__ = ("entire", "rows")
+    __slots__ = ("entire", "rows", "unless")
 
-    def __init__(self, entire: OutputError, rows: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, entire: OutputError, rows: Callable[[Tensor], Tensor], unless: Call | None = None) -> None:
         # What is not set here is asked of ``entire``.
         self.entire = entire
         self.rows = rows
-        self.state, self.axis, self.pick = entire.state, entire.axis, None
+        self.unless = unless
+        self.state, self.axis = entire.state, entire.axis
+
+    @property
+    def pick(self) -> Pick | None:  # type: ignore[override]
+        return None if self._partial() else self.entire.pick
+
+    def _partial(self) -> bool:
+        lower = self.unless
+        if lower is None:
+            return True
+        if lower.pick is not None and lower.pick.found() is not None:
+            return False
+        wiring = lower.state.wiring
+        wiring.pours = True  # for the forwards to come
+        wiring.unclear.discard(lower.state.name)
+        return True
 
     @property
     def error(self) -> Tensor | None:  # type: ignore[override]
@@ -170,10 +189,12 @@ class PartialError(OutputError):
 
     def signal(self, rule: DirectRule) -> Tensor:
         self.shared = {}  # of another tensor each time
+        if not self._partial():
+            return self.entire.signal(rule)
         return self.rows(self.entire.whole(rule))
 
     def whole(self, rule: DirectRule) -> Tensor:
-        return self.signal(rule)
+        return self.signal(rule) if self._partial() else self.entire.whole(rule)
 
     def used(self) -> None:
         self.entire.used()

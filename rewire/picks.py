@@ -3,17 +3,21 @@
 No shape tells. But the index is on the autograd graph, between the layer's input and the layers below it, and it is
 looked for there while a layer is new; layers whose input is picked by index look in each call. Such a layer is fed
 back as if it had seen the whole batch, and takes its own rows of that.
+
+Inside a block under activation checkpointing the index is out of sight until the backward has run the block again. Then
+the forward notes that rows may have been picked, and the backward looks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rewire.kept import Hidden, given, kept
 from rewire.nodes import Node, counted, place_before, shape_of
 
 # The rows of a call's input, for the node of its output; raises KeyError for other nodes.
@@ -69,6 +73,49 @@ class Pick:
         fits = math.prod(self.lead) == len(below.rows)
         return type(below)(below.lead, below.rows[self.rows]) if fits else None
 
+    def found(self) -> Pick | None:
+        """What the backward knows of it: itself, if the forward knew which rows."""
+        return self
+
+    def above(self) -> Pick | None:
+        """What calls above are to know of it."""
+        return self
+
+
+class Later(Pick):
+    """Rows that may have been picked: which, the backward will know, and nothing else than that may be asked for.
+
+    Args:
+        ask: tells, in the backward, which rows were picked; or None.
+        below: what ``ask`` will ask in turn.
+        whole: it will find none, or that it is not clear: all rows are there too.
+    """
+
+    def __init__(self, ask: Callable[[], Pick | None], below: Iterable[Later] = (), whole: bool = False) -> None:
+        self._whole = whole
+        self._ask: Callable[[], Pick | None] | None = ask
+        self._below: Iterable[Later] = below
+        self._found: Pick | None = None
+
+    def above(self) -> Pick | None:
+        """None, if that is what it will be."""
+        return None if self._whole else self
+
+    def found(self) -> Pick | None:
+        """Which rows were picked. Checkpointed blocks in which that was done run again, if they have not yet."""
+        stack = [self]
+        while stack:  # from the lowest up: each asking the next below would be as deep as the model
+            one = stack[-1]
+            waits = [later for later in one._below if later._ask is not None]
+            if waits:
+                stack += waits
+                continue
+            stack.pop()
+            if one._ask is not None:
+                one._found = one._ask()
+                one._ask, one._below = None, ()  # and the graph that it would look at
+        return self._found
+
 
 class Unclear(Exception):
     """Rows are picked in more than one way."""
@@ -79,33 +126,59 @@ def pick_of(x: Tensor, known: Known) -> Pick | None:
 
     Raises:
         Unclear: if they were, in a way that cannot be followed.
+        Hidden: if that cannot be told before the backward, by :func:`pick_below`; with what calls below do not know.
     """
-    found = _below(x.grad_fn, known, x.shape[0]) if x.grad_fn is not None and x.dim() else None
-    if found is not None and len(found.rows) != x.shape[0]:
-        raise Unclear
-    return found
+    return pick_below(x.grad_fn, x.shape[0], known, look=False) if x.grad_fn is not None and x.dim() else None
 
 
-def _below(root: Node, known: Known, count: int) -> Pick | None:
-    """The same for what a node gives, of ``count`` rows."""
-    picks, whole = _all_below(root, known, count, count)
+def pick_below(root: Node, count: int, known: Known, look: bool) -> Pick | None:
+    """The same for what a node gives, of ``count`` rows.
+
+    Args:
+        look: in the backward, or after the forward: look at what activation checkpointing hides.
+
+    Raises:
+        Unclear: as for that.
+        Hidden: as for that.
+    """
+    picks, whole, hidden = _all_below(root, _settled(known, look), look, count, count)
+    if hidden is not None:
+        hidden.whole = whole
+        raise hidden
     if not picks:
         return None
-    if whole or not all(pick.same(picks[0]) for pick in picks):
+    if whole or not all(pick.same(picks[0]) for pick in picks) or len(picks[0].rows) != count:
         raise Unclear
     return picks[0]
 
 
-def _all_below(root: Node, known: Known, wanted: int, count: int, place: int = 0) -> tuple[list[Pick], bool]:
+def _settled(known: Known, look: bool) -> Known:
+    """``known``, where the backward has to tell: only in the backward."""
+
+    def settled(node: Node) -> Pick | None:
+        pick = known(node)
+        if not isinstance(pick, Later):
+            return pick
+        if not look:
+            raise Hidden(pick)
+        return pick.found()
+
+    return settled
+
+
+def _all_below(
+    root: Node, known: Known, look: bool, wanted: int, count: int, place: int = 0
+) -> tuple[list[Pick], bool, Hidden | None]:
     """All ways in which rows reach dimension ``place`` (-1: nobody knows which) of what a node gives, ``count`` long.
 
     Args:
         wanted: how many rows it is in the end about.
 
     Returns:
-        How rows were picked, and whether some that were not reach it too.
+        How rows were picked, whether some that were not reach it too, and whether more may have been.
     """
     picks: list[Pick] = []
+    hidden: list[Hidden] = []
     whole = False
     visited: set[Node] = set()
     stack = [(root, place)]
@@ -118,15 +191,25 @@ def _all_below(root: Node, known: Known, wanted: int, count: int, place: int = 0
             pick = known(node)
         except KeyError:
             pass
+        except Hidden as later:
+            hidden.append(later)
+            continue
         else:
             whole |= pick is None
             picks += [] if pick is None else [pick]
             continue
         parents = node.next_functions
-        made = _made(node, place, count)
+        try:
+            made = _made(node, place, count, look)
+        except Hidden as later:
+            # From a table of the model's own it does not matter which rows.
+            if parents[0][0] is not None and _leads_to_call(parents[0][0], known):
+                hidden.append(later)
+            continue
         if made is not None and (picked_from := parents[0][0]) is not None:
             if _leads_to_call(picked_from, known):
-                below, all_of_it = _all_below(picked_from, known, wanted, math.prod(made.lead), -1)
+                below, all_of_it, more = _all_below(picked_from, known, look, wanted, math.prod(made.lead), -1)
+                hidden += [] if more is None else [more]
                 picks += [made] if all_of_it or not below else []
                 for lower in below:  # each by itself: tokens, each of them sorted k times, and their weights
                     both = made.of(lower)
@@ -146,7 +229,7 @@ def _all_below(root: Node, known: Known, wanted: int, count: int, place: int = 0
         for parent, at in parents:
             if parent is not None:
                 stack.append((parent, before if _keeps_dimensions(node, parent, at) else -1))
-    return picks, whole
+    return picks, whole, Hidden(*(later for one in hidden for later in one.args)) if hidden else None
 
 
 def _keeps_dimensions(node: Any, parent: Any, at: int) -> bool:
@@ -170,6 +253,8 @@ def _leads_to_call(root: Node, known: Known) -> bool:
         visited.add(node)
         try:
             known(node)
+        except Hidden:
+            return True
         except KeyError:
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
         else:
@@ -177,23 +262,26 @@ def _leads_to_call(root: Node, known: Known) -> bool:
     return False
 
 
-def _made(node: Any, place: int, count: int) -> Pick | None:
+def _made(node: Any, place: int, count: int, look: bool) -> Pick | None:
     """The pick that a node makes, if it reorders or leaves out rows: in dimension ``place`` of its output."""
     name = node.name()
     if name == "IndexSelectBackward0":
         sizes = node._saved_self_sym_sizes
-        pick = Pick((sizes[dim := counted(node._saved_dim, len(sizes))],), node._saved_index)
-        if dim == max(place, 0) or (place < 0 and pick.lead == (count,) and pick.permutes()):
-            return pick
-        return None
+        dim = counted(node._saved_dim, len(sizes))
+        here = dim == max(place, 0)
+        if not here and (place >= 0 or sizes[dim] != count):
+            return None
+        pick = Pick((sizes[dim],), kept(node, "index", look))
+        return pick if here or pick.permutes() else None
     if name != "IndexBackward0":
         return None
     sizes = tuple(int(n) for n in node._saved_self_sym_sizes)
-    indices = list(node._saved_indices)
-    while indices and indices[0] is None and sizes[0] == 1:  # rows[None, index]
-        indices, sizes = indices[1:], sizes[1:]
-    if not indices or indices[0] is None or any(i is None for i in indices):
+    there = given(node, "indices")
+    while there and not there[0] and sizes[0] == 1:  # rows[None, index]
+        there, sizes = there[1:], sizes[1:]
+    if not there or not all(there):
         return None
+    indices = list(kept(node, "indices", look))[-len(there) :]
     if indices[0].dtype in (torch.bool, torch.uint8):
         indices = [*indices[0].nonzero().unbind(1), *indices[1:]]
     if len(indices) > 1 and len(indices) == len(sizes):

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from rewire.kept import Hidden
 from rewire.picks import Pick
 from rewire.pours import Placed
 from rewire.state import LayerState
@@ -37,7 +38,13 @@ class Poured:
 
     def __call__(self, e: Tensor) -> Tensor:
         """(N, ...) -> (rows of the layer below, ...), with features where e has them."""
-        pour, dims = self.pour, e.dim()
+        try:
+            pour, dims = self.pour.found(), e.dim()
+        except Hidden:
+            self.state.wiring.say_hidden(self.state)
+            return e
+        if pour is None:
+            return e
         axis = self.above.kind.axis(dims) % dims
         if isinstance(pour, Placed) and len(pour.lead) > 1:
             rows = lead_to(self.state, self.above, pour.lead[:1], e)[self._samples(pour)]

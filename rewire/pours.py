@@ -4,25 +4,34 @@ Many rows below become few above: ``zeros.index_add(0, graph, nodes)``. Shapes w
 windows, sample after sample. But the index says which sample every row went to, and it lies on the autograd graph
 between the calls above and below. A layer below such a pool is handed back, at each of its rows, the feedback of the
 sample that the row went to.
+
+Inside a block under activation checkpointing the index is not there before the backward has run the block again: it is
+looked at then, just before the operation's own node runs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from rewire.kept import Hidden, Kept, given
 from rewire.nodes import Node, shape_of
-from rewire.picks import Pick
+from rewire.passes import backward_id
+from rewire.picks import Later, Pick
 
 C = TypeVar("C")
 
 _POURS = ("IndexAddBackward", "ScatterAddBackward", "ScatterReduceBackward", "IndexReduceBackward", "IndexPutBackward")
 _SCATTER = "MaskedScatterBackward"
 _PICKS = ("IndexBackward", "IndexSelectBackward", "GatherBackward")
+_POUR = "rewire.pour"  # where one that is looked at later lies in the metadata of its node
+_WAYS = 8  # of which nobody knows yet whether they are one, followed below a call
 
 
 def pours_below(
@@ -49,20 +58,50 @@ def pours_below(
         kept.append(pour)
         call = call_at(node)
         if call is not None:
-            if not any(_same(pour, other) for other in found.setdefault(call, [])):
-                found[call].append(pour)
+            ways = found.setdefault(call, [])
+            if len(ways) >= _WAYS and isinstance(pour, Later):
+                pour = None  # too many to keep apart: through any number of pools, and so left out
+            if not any(_same(pour, other) for other in ways):
+                ways.append(pour)
                 stack += [(source, pour) for source in sources_of(call)]
             continue
         parents = [parent for parent, _ in node.next_functions]
         made = _made(node)
         if made is not None:
-            poured = made if pour is None else made.of(pour)
+            poured = _after(made, pour)
             stack += [(parent, poured) for parent in parents[1:] if parent is not None]
             parents = parents[:1]
         elif node.name().startswith(_PICKS):
             pour = None
         stack += [(parent, pour) for parent in parents if parent is not None]
-    return {call: pours[0] for call, pours in found.items() if len(pours) == 1 and pours[0] is not None}
+    only = {call: _only(ways) for call, ways in found.items()}
+    return {call: pour for call, pour in only.items() if pour is not None}
+
+
+def _after(made: Pick, pour: Pick | None) -> Pick | None:
+    """Where rows go that are first added up as ``made`` says, and then as ``pour`` does."""
+    if isinstance(made, Later) or isinstance(pour, Later):
+        return Later(partial(_after_found, made, pour))
+    return made if pour is None else made.of(pour)
+
+
+def _after_found(made: Pick, pour: Pick | None) -> Pick | None:
+    first, then = made.found(), None if pour is None else pour.found()
+    return then if first is None else _after(first, then)
+
+
+def _only(ways: list[Pick | None]) -> Pick | None:
+    """The one way in which a call's rows go; None if there are several, or rows are not added up in all of them."""
+    if None in ways:
+        return None
+    if len(ways) > 1 and any(isinstance(way, Later) for way in ways):
+        return Later(partial(_only_found, ways))
+    return ways[0] if len(ways) == 1 else None
+
+
+def _only_found(ways: list[Pick | None]) -> Pick | None:
+    found = [None if way is None else way.found() for way in ways]
+    return found[0] if all(_same(way, found[0]) for way in found[1:]) else None
 
 
 def pours(node: Node) -> bool:
@@ -78,7 +117,9 @@ class Placed(Pick):
 
 
 def _same(one: Pick | None, other: Pick | None) -> bool:
-    return one is other or (one is not None and other is not None and one.same(other))
+    if one is None or other is None or isinstance(one, Later) or isinstance(other, Later):
+        return one is other
+    return one.same(other)
 
 
 def _made(node: Any) -> Pick | None:
@@ -86,13 +127,38 @@ def _made(node: Any) -> Pick | None:
     if not pours(node):
         return None
     name, shape = node.name(), shape_of(node)
+    place: Callable[[Any], Pick | None]
     if name.startswith(_SCATTER):
-        return _scattered(shape, node._saved_mask, node._saved_source_sym_sizes)
-    if name.startswith("IndexPutBackward"):
-        return _put(shape, node._saved_indices)
-    if int(node._saved_dim) % 2**64 not in (0, -len(shape) % 2**64):
-        return None
-    index = node._saved_index
+        what, place = "mask", partial(_scattered, shape, source=node._saved_source_sym_sizes)
+    elif name.startswith("IndexPutBackward"):
+        what, place = "indices", partial(_put, shape)
+        if not all(given(node, what)):
+            return None
+    else:
+        what, place = "index", partial(_added, shape)
+        if int(node._saved_dim) % 2**64 not in (0, -len(shape) % 2**64):
+            return None
+    kept = Kept(node, what)
+    return _later(node, kept, place) if kept.hidden else place(getattr(node, f"_saved_{what}"))
+
+
+def _later(node: Any, kept: Kept, place: Callable[[Any], Pick | None]) -> Pick:
+    """The same once the backward is there: at the latest when the node runs, which keeps it no longer."""
+    later: Later | None = node.metadata.get(_POUR)
+    if later is None:
+        later = node.metadata[_POUR] = Later(lambda: place(kept.seen()))
+        if backward_id() == -1:  # a block that is run again has no backward of its own
+            node.register_prehook(partial(_runs, later))
+    return later
+
+
+def _runs(later: Later, _: Any) -> None:
+    with suppress(Hidden):  # who asks for it says so
+        later.found()
+
+
+def _added(shape: tuple[int, ...], index: Tensor) -> Pick | None:
+    """The same for ``tensor.index_add(0, index, rows)`` and relatives, of a tensor of ``shape``."""
     if index.dtype is not torch.int64:
         return None
     if index.dim() > 1:  # scattered: the same place for all features of a row

@@ -41,6 +41,12 @@ def error_reached(wiring: Wiring, state: LayerState, error: OutputError, gradien
         if torch.is_grad_enabled() and backward_id() != -1:
             refuse_second_order()
     is_output = error.deliver(gradient)
+    if is_output and (error.nested or wiring.reentered):
+        # With a part that is run again (re-entrant checkpointing) the graph does not show what lies above that part, or
+        # in it. But a backward meets the output layer first.
+        if wiring.outputs and state.name not in wiring.outputs:
+            return is_output
+        wiring.reentered = True
     if is_output and wiring.asked is not None and state.name not in wiring.asked:
         _unasked(wiring, state)
         return is_output

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from rewire.errors import PassError
+from rewire.kept import Hidden
 from rewire.nodes import Node, puts_behind, shape_of
 from rewire.parts import parts_below
 from rewire.passes import (
@@ -20,7 +22,7 @@ from rewire.passes import (
     picked,
     upstream,
 )
-from rewire.picks import Pick, Unclear, pick_of
+from rewire.picks import Later, Pick, Unclear, pick_below, pick_of
 from rewire.poured import Poured
 from rewire.pours import pours, pours_below
 from rewire.roles import Role
@@ -53,9 +55,28 @@ def note_rows(state: LayerState, x: Tensor) -> Pick | None:
         if isinstance(state.rule, DirectRule):
             state.wiring.unclear.add(state.name)
         return None
+    except Hidden as hidden:
+        assert x.grad_fn is not None
+        pick = Later(partial(_look, state, x.grad_fn, x.shape[0]), hidden.args, hidden.whole)
+        if hidden.whole:
+            return pick  # for the sake of what is to be said of it
     if pick is not None and not (state.picks and state.wiring.picks):
         state.note_picks()
     return pick
+
+
+def _look(state: LayerState, node: Node, count: int) -> Pick | None:
+    """In the backward: how ``count`` rows that ``node`` gives were picked, which was hidden so far."""
+    direct = isinstance(state.rule, DirectRule)
+    try:
+        return pick_below(node, count, picked, look=True)
+    except Unclear:
+        if direct:
+            state.wiring.unclear.add(state.name)
+    except Hidden:
+        if direct:
+            state.wiring.say_hidden(state)
+    return None
 
 
 def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, OutputError]:
@@ -68,12 +89,21 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
     def sources(lower: Call) -> Sequence[Node]:
         return [] if lower.state.wiring is not wiring else lower.sources
 
+    def below(chosen: bool) -> dict[Call, Callable[[Tensor], Tensor]]:
+        return rows_below(call.sources, call.state, y.shape, chosen, call_of, sources, error.straight)
+
     error.straight = _is_straight(call)
-    rows = rows_below(call.sources, call.state, y.shape, call.pick is not None, call_of, sources, error.straight)
+    rows = below(call.pick is not None)
+    if isinstance(call.pick, Later):
+        rows = {lower: _either(error, rows.get(lower), of) for lower, of in below(False).items()}
     found: dict[Call, OutputError] = {}
     for lower, of in rows.items():
-        state = lower.state
-        if lower.pick is not None or state.wiring is not wiring or not isinstance(state.rule, DirectRule):
+        state, pick = lower.state, lower.pick
+        if state.wiring is not wiring or not isinstance(state.rule, DirectRule):
+            continue
+        if isinstance(pick, Later):
+            found[lower] = PartialError(error, of, lower)
+        if pick is not None:
             continue  # rows that were picked have the place they were picked from
         found[lower] = PartialError(error, of)
         wiring.pours = True
@@ -81,6 +111,19 @@ def errors_below(call: Call, error: OutputError, y: Tensor) -> dict[Call, Output
         if not (state.picks and wiring.picks):
             state.note_picks()
     return found
+
+
+def _either(
+    error: OutputError, picked: Callable[[Tensor], Tensor] | None, whole: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """What becomes of an error of which the backward knows whether its rows were ``picked``."""
+
+    def either(e: Tensor) -> Tensor:
+        if error.pick is None:
+            return whole(e)
+        return e if picked is None else picked(e)
+
+    return either
 
 
 def _is_straight(call: Call) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rewire.distributed import several, sum_pairs
+from rewire.errors import some
 from rewire.rules.base import DirectRule
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rewire.wiring import Wiring
 
 _LITTLE = 1e-6  # of the largest scale
+_ROUNDING = 100 * torch.finfo(torch.float64).eps
 
 
 def measure(
@@ -85,15 +87,24 @@ def settle_scales(wiring: Wiring) -> None:
             set_scale(state, _initial_scale(wiring, state), "backprop handed back zero; 1/sqrt(3 fan_in) of the output")
             wiring.warn_once(
                 "zero",
-                "in the measuring pass backprop handed back nothing but zeros, as it does where the output layer "
-                "starts at zero. Feedback gets the scale of an output layer as PyTorch would initialise it; give "
-                "another with scale=...",
+                f"in the measuring pass nothing but zeros came down, as it does where the output layer starts at zero"
+                f"{_or_under_silence(every)}. Feedback gets the scale of an output layer as PyTorch would initialise "
+                "it; give another with scale=...",
             )
     if wiring.groups and typical is not None and all(math.isfinite(a + b) for a, b in sums):
         # Ranks must not measure at different times: what has not run on any of them by now is not waited for.
         for state in every:
             if not state.ran and isinstance(state.rule, DirectRule) and state.needs_scale(state.rule):
                 set_scale(state, typical, "did not run in the measuring pass; mean scale of the other layers")
+
+
+def _or_under_silence(states: list[LayerState]) -> str:
+    """That layers which hand back nothing may be why nothing came down, if there are any."""
+    silent = [state for state in states if isinstance(state.rule, DirectRule) and state.rule.silent]
+    if not silent:
+        return ""
+    rules = ", ".join(dict.fromkeys(repr(state.rule) for state in silent))
+    return f", or below layers under {rules}, which hand back zeros ({some([s.label for s in silent], 6)})"
 
 
 def _warn_of_little(wiring: Wiring, ratios: dict[str, float]) -> None:
@@ -141,8 +152,10 @@ def weight_scale(weight: Tensor) -> tuple[float, str]:
     everything below it off for good; such a layer gets PyTorch's own initial scale, 1/sqrt(3 fan_in).
     """
     if weight.numel() > 1:
-        std = float(weight.detach().double().std())
-        if math.isfinite(std) and std > 0:
+        numbers = weight.detach().double()
+        std, mean = float(numbers.std()), float(numbers.mean())
+        # Of numbers that are all the same rounding makes a few units in the last place.
+        if math.isfinite(std) and std > _ROUNDING * abs(mean):
             return std, ""
     fan_in = max(math.prod(weight.shape[1:]), 1)
     return 1 / math.sqrt(3 * fan_in), "the weight is constant; 1/sqrt(3 fan_in) instead"

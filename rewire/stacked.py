@@ -19,13 +19,10 @@ from torch.func import functional_call
 from rewire.errors import ConversionError
 from rewire.layer_feedback import dense_feedback, keeps_tensors
 from rewire.roles import Role
-from rewire.rules.base import BP, DirectRule, LocalRule
+from rewire.rules.base import BP, DirectRule, LocalRule, Rule, Schedule
 
 if TYPE_CHECKING:
     from rewire.state import LayerState
-
-# Rules whose feedback is fixed and known before training: those of these modules, unless they draw anew.
-_FIXED = ("rewire.rules.base", "rewire.rules.direct", "rewire.rules.local")
 
 # What one call of a Stack was given, by the name that `_key` makes, and whose layers it is for.
 _given: ContextVar[tuple[object, Mapping[str, Tensor]] | None] = ContextVar("rewire_given_feedback", default=None)
@@ -64,8 +61,8 @@ class Stack:
             calls; none of them is changed.
 
     Raises:
-        ConversionError: the models differ; a rule learns its feedback or draws it anew; ``skip="cut"``; feedback of a
-            structure that is no plain tensor; a pass is still missing.
+        ConversionError: the models differ; a rule learns its feedback, draws it anew or is on a schedule;
+            ``skip="cut"``; feedback of a structure that is no plain tensor; a pass is still missing.
 
     Example:
         >>> stack = Stack(models)
@@ -108,13 +105,12 @@ def feedback_of(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ConversionError: see :class:`Stack`.
     """
+    check_rules(model)
     found: dict[str, Tensor] = {}
     for module, state in _states(model):
         rule = state.rule
         if isinstance(rule, BP):
             continue
-        if type(rule).__module__ not in _FIXED or (isinstance(rule, LocalRule) and rule.redraw):
-            raise ConversionError(f"rule {rule!r} has feedback that changes from step to step")
         if state.wiring.skip == "cut":
             raise ConversionError("skip='cut' does not work under torch.func transforms")
         if state.wiring.unsettled:
@@ -124,6 +120,24 @@ def feedback_of(model: nn.Module) -> dict[str, Tensor]:
         elif isinstance(rule, LocalRule):
             found[_key(state.name)] = _local(module, state, rule)
     return found
+
+
+def check_rules(model: nn.Module) -> None:
+    """Raise :class:`ConversionError` where feedback would have to change while a stack is trained."""
+    for _, state in _states(model):
+        if why := _changes(state.given):
+            raise ConversionError(f"rule {state.given!r} {why}, and a stack goes on with what it was given")
+
+
+def _changes(rule: Rule) -> str:
+    """How what ``rule`` hands back changes from step to step; "" if it does not, as a rule of one's own may not."""
+    if isinstance(rule, Schedule):
+        return "is another rule in some passes"
+    if rule.learns:
+        return "learns its feedback, which changes from step to step"
+    if isinstance(rule, LocalRule) and rule.redraw:
+        return "draws its feedback anew, so that it changes from step to step"
+    return ""
 
 
 def _local(module: nn.Module, state: LayerState, rule: LocalRule) -> Tensor:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rewire.following import Learner
     from rewire.wiring import Wiring
 
+STATE = "_rewire"  # where a module has it, in its __dict__: not a parameter, buffer or submodule
+
 
 class LayerState:
     """One converted layer: its rule, its role, its feedback.
@@ -208,14 +210,20 @@ class LayerState:
         self.unseen, self.shared, self.twins, self.looked, self.guess = False, False, [], frozenset(), ""
         self.__dict__.update(state)
 
-    def let_go(self) -> None:
+    def let_go(self, *, taken_out: bool = False) -> None:
         """Its module is gone, or converted no longer. With the last one goes what would wait for a garbage collector.
 
         The wiring and the states of its layers refer to each other, and some of what they keep to them. Without that,
         whatever is large is gone at once, or with the last loss that still needs it.
+
+        Args:
+            taken_out: nobody asked for that: the next forward, if there is one, says so.
         """
         self.gone = True
         wiring = self.wiring
+        if taken_out and self.active:
+            wiring.taken_out.append(self.name)
+            wiring.unsettled = True
         if all(state.gone for state in reversed(wiring.layers.values())):
             for state in wiring.layers.values():
                 if isinstance(state.local, BackwardWeight):

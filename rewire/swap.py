@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rewire import buffers, hosts, kernels, learned, traced, traced_attention
 from rewire.run import run
-from rewire.state import LayerState
+from rewire.state import STATE, LayerState
 from rewire.steady import STEADY
 
 # Looked up once: these run in every call of every layer.
@@ -22,8 +22,7 @@ _grad_enabled = torch.is_grad_enabled
 _compiling = torch.compiler.is_compiling
 _compiler = traced.compiler
 
-STATE = "_rewire"  # in the module's __dict__: not a parameter, buffer or submodule
-OWNER = "_rewire_owner"  # beside it
+OWNER = "_rewire_owner"  # beside the state
 
 
 Builder = Callable[[type[nn.Module]], type[nn.Module]]
@@ -90,12 +89,23 @@ def rewired_class(base: type[nn.Module]) -> type[nn.Module]:
 
     traced.never_alone(forward)
 
+    def _slow_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # What nn.Module calls in place of forward while torch.jit traces: so no other call has to ask whether it does.
+        with traced.as_it_was(self.__dict__[STATE], self.training):
+            return parent._slow_forward(self, *args, **kwargs)
+
     def extra_repr(self: nn.Module) -> str:
         plain: str = parent.extra_repr(self)
         rule = f"rule={self.__dict__[STATE].rule!r}"
         return f"{plain}, {rule}" if plain else rule
 
-    body = {"forward": forward, "extra_repr": extra_repr, **_keeping(parent)}
+    body = {
+        "forward": forward,
+        "_slow_forward": _slow_forward,
+        "extra_repr": extra_repr,
+        kernels.FAST: fast and staticmethod(fast),
+        **_keeping(parent),
+    }
     cls = _classes[key] = derive(base, rewired_class, body)
     return cls
 
@@ -170,6 +180,8 @@ def attention_class(base: type[nn.Module]) -> type[nn.Module]:
             return _attend_outside_of_compile(self, states, output, parent.forward, args, kwargs)
         if _compiler() is not None:
             return _attend_outside_of_compile(self, states, output, parent.forward, args, kwargs)
+        if traced.in_jit(self.training):
+            return parent.forward(self, *args, **kwargs)
         return hosts.attend(self, states, output, parent.forward, args, kwargs)
 
     traced.never_alone(forward)
@@ -201,14 +213,20 @@ _attend_outside_of_compile: Callable[..., Any] = _disable(_attend_outside, reaso
 
 
 class Owner:
-    """Held by a module alone, so that its layers' states know when it goes (:meth:`LayerState.let_go`)."""
+    """Held by a module alone, so that its layers' states know when it goes (:meth:`LayerState.let_go`).
+
+    Attributes:
+        dismissed: the module was given its class back: it is converted no longer.
+    """
+
+    dismissed = False
 
     def __init__(self, states: list[LayerState]) -> None:
         self.states = states
 
     def __del__(self) -> None:
         for state in self.__dict__.get("states", ()):  # none if somebody's copy of it failed half-way
-            state.let_go()
+            state.let_go(taken_out=not self.dismissed)
 
 
 def swap_in(module: nn.Module, cls: type[nn.Module], state: object) -> None:
@@ -232,6 +250,8 @@ def swap_out(module: nn.Module) -> Swapped:
     cls = type(module)
     module.__class__ = vars(cls)["_rewired_from"]
     held = {key: module.__dict__.pop(key) for key in (STATE, OWNER) if key in module.__dict__}
+    if OWNER in held:
+        held[OWNER].dismissed = True
     return cls, held, learned.strip(module)
 
 
@@ -239,6 +259,8 @@ def swap_back(module: nn.Module, swapped: Swapped) -> None:
     """Undo :func:`swap_out`."""
     cls, held, feedback = swapped
     module.__dict__.update(held)
+    if OWNER in held:
+        held[OWNER].dismissed = False
     module.__class__ = cls
     learned.put_back(module, feedback)
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -345,8 +346,9 @@ def prepare(key: int, unsettled: bool) -> bool:
 
 
 _exporting: Callable[[], bool] = torch.compiler.is_exporting
+_tracing: Callable[[], Any] = torch._C._get_tracing_state
 _NO_EXPORT = (
-    "rewire: an exported program has PyTorch's own backward in place of the rules of a converted model. Call "
+    "rewire: an exported or traced program has PyTorch's own backward in place of the rules of a converted model. Call "
     "rewire.restore(model) first; or, to export the forward alone, model.eval() or torch.no_grad()"
 )
 
@@ -370,6 +372,36 @@ def exports(training: bool) -> bool:
     if training:
         _refuse()
     return True
+
+
+def in_jit(training: bool) -> bool:
+    """:func:`exports` for what ``torch.jit`` traces (TensorBoard's graphs and the older ONNX exporter too)."""
+    if _tracing() is None:
+        return False
+    if training:
+        _cannot_export()
+    return True
+
+
+@contextmanager
+def as_it_was(state: LayerState, training: bool) -> Iterator[None]:
+    """Around a call of a layer that ``torch.jit`` traces: its forward runs without any rule, as in an exported program.
+
+    Raises:
+        PassError: in training mode, as for :func:`exports`.
+    """
+    me = get_ident()
+    if not torch.is_grad_enabled() or not in_jit(training) or me in state.busy:
+        yield
+        return
+    before = state.steady, state.watched
+    state.steady, state.watched = "", True  # the way through a call that asks whether the layer is running
+    state.busy.add(me)
+    try:
+        yield
+    finally:
+        state.busy.discard(me)
+        state.steady, state.watched = before
 
 
 def outside(state: LayerState, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:

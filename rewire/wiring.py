@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rewire import following, learning, ready, roles
 from rewire.distributed import Groups, groups_of, in_parallel_forward, several
-from rewire.errors import RewireWarning
+from rewire.errors import RewireWarning, some
 from rewire.guard import Guard
 from rewire.modes import outside_of_modes
 from rewire.passes import backward_id
@@ -61,6 +61,7 @@ class Wiring:
         unclear: names of layers whose rows were picked by an index that could not be followed.
         local: there is one output layer, and nobody is handed its error.
         looked: a pass has been taken in: uses of weights by other modules have been seen.
+        reentered: in a pass not taken in yet the output layer ran inside of a backward.
         compiled: some of its calls have been part of a compiled graph (:mod:`rewire.ready`).
         prepared: all layers are ready for such a graph, and nothing has changed since.
         held: numbers for each sample that joins may have to make for all layers together, and for how many samples
@@ -78,6 +79,7 @@ class Wiring:
         wrapped: they were those of a wrapper whose forward has to be running for ranks to meet.
         still: a copy that is only looked at: local feedback does not learn.
         complaints: names of layers with something to be said about, by what that is.
+        taken_out: names of layers that went from the model, of which nothing has been said.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Wiring:
         self.probed = -1
         self.probe_count = 0
         self.looked = False
+        self.reentered = False
         self.compiled = False
         self.prepared = False
         self.held = self.held_rows = 0
@@ -129,6 +132,7 @@ class Wiring:
         self.wrapped = False
         self.still = False
         self.complaints: dict[str, list[str]] = {}
+        self.taken_out: list[str] = []
         self._warned: set[str] = set()
         self.origin = uuid.uuid4().hex
         self._register()
@@ -146,8 +150,9 @@ class Wiring:
         return {**self.__dict__, **fresh, "groups": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._counts, self.taken_out = None, []  # in files of older versions there are none
+        self.reentered = False
         self.__dict__.update(state)
-        self._counts = None  # in files of older versions there is none
         self._register()
 
     def _register(self) -> None:
@@ -227,6 +232,16 @@ class Wiring:
             )
         self.unclear = set()
 
+    def say_hidden(self, state: LayerState) -> None:
+        """A layer whose rows may get the feedback of other samples' errors: activation checkpointing has the index."""
+        self.warn_once(
+            f"rows:{state.name}",
+            f"layer {state.label}: rows of its input are picked from the batch, or added up, by an index that this "
+            "version of PyTorch hides under activation checkpointing, so feedback may come from other samples' errors "
+            f"than their own. Run it without; or use a local rule, layers={{{state.name!r}: 'fa'}}, or the module "
+            "around it as a block, blocks=[...], which need no index",
+        )
+
     def _say_bypassed(self) -> None:
         """Weights given to operations that nobody but the graph sees: kernels of somebody's own."""
         for weight in self.bypassed:
@@ -234,6 +249,15 @@ class Wiring:
             if state is not None and not state.lost:
                 state.dead("its weight is also used by an operation of another module's own")
         self.bypassed, self._weights = set(), {}
+
+    def _say_taken_out(self) -> None:
+        """Layers whose module went while others stay: replaced, as a new head is, or left out."""
+        names, self.taken_out = some([*map(repr, self.taken_out)], 6), []
+        self.warn_once(
+            f"taken out:{names}",
+            f"taken out of the model since it was converted: {names}. What stands in such a layer's place, if anything "
+            "does, has no rule and keeps backprop: convert again to give it one",
+        )
 
     error_reached = roles.error_reached  # a method, as every backward calls it
 
@@ -260,8 +284,10 @@ class Wiring:
             self._settle()
 
     def _settle(self) -> None:
-        self.unsettled = False
+        self.unsettled = self.reentered = False
         changed = False
+        if self.taken_out:
+            self._say_taken_out()
         if self.passed:
             following.step(self)
         if self.passed and not self.news:

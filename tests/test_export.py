@@ -1,5 +1,6 @@
 """A trained model leaves: restored, exported, compiled for inference, as ONNX. Its outputs stay what they were."""
 
+import copy
 import io
 import warnings
 
@@ -9,6 +10,7 @@ from torch import nn
 
 import rewire
 from rewire.errors import PassError
+from rewire.swap import states_of
 from tests.checkpoint.resume import Net, Sequence
 
 X = torch.randn(6, 1, 6, 6, generator=torch.Generator().manual_seed(3))
@@ -91,6 +93,55 @@ def test_a_converted_model_in_training_mode_says_what_to_do(kind, rule):
     # And it still trains under its rule.
     torch.stack([y.square().mean() for y in outputs(model(X))]).sum().backward()
     assert rewire.output_error(model) is not None
+
+
+def operations(traced):
+    return [node.kind() for node in traced.inlined_graph.nodes()]
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "dfa", "kp", "grape"])
+@pytest.mark.parametrize("kind", [Net, Sequence])
+def test_traced_by_jit(kind, rule):
+    """In eval mode the forward alone, as of a model that was never converted; and it still trains under its rule."""
+    model = trained(kind, rule)
+    other = plain(kind, rewire.restore(copy.deepcopy(model)))
+    # PyTorch's own check fails for an attention, whether converted or not.
+    ours, theirs = (torch.jit.trace(m, X, check_trace=kind is Net) for m in (model, other))
+    assert operations(ours) == operations(theirs)
+    assert same(ours(X), theirs(X))
+    for m in (ours, theirs):
+        m.zero_grad()
+        torch.stack([y.square().mean() for y in outputs(m(X))]).sum().backward()
+    for name, p in other.named_parameters():
+        assert torch.equal(model.get_parameter(name).grad, p.grad), name
+    with pytest.raises(PassError, match=r"traced program .* rewire.restore\(model\) first"):
+        torch.jit.trace(model.train(), X, check_trace=False)
+    with torch.no_grad():
+        torch.jit.trace(model, X, check_trace=False)
+    assert not any(state.busy for module in model.modules() for state in states_of(module))
+    assert rewire.verify(model.eval(), X, lambda y: torch.stack([h.square().mean() for h in outputs(y)]).sum()).ok
+
+
+def test_traced_by_jit_with_another_derivative_and_a_block():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), inner, nn.Tanh(), nn.Linear(8, 3)).eval()
+    other = copy.deepcopy(model)
+    rewire.convert(model, "dfa", blocks=["3"], derivative={nn.Tanh: torch.ones_like})
+    ours, theirs = (torch.jit.trace(m, X) for m in (model, other))
+    assert operations(ours) == operations(theirs)
+    assert same(ours(X), theirs(X))
+    torch.jit.save(ours, io.BytesIO())
+    with pytest.raises(PassError, match="traced program"):
+        torch.jit.trace(model.train()[2], X.requires_grad_(False) + 0.0)
+
+
+def test_drawn_by_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    model = trained(Net, "dfa").train()
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        writer.add_graph(model, X)
+    assert model.training and any(file.stat().st_size > 1000 for file in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("kind", "rule"), [(Net, "dfa"), (Sequence, "fa")])

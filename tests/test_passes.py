@@ -791,8 +791,12 @@ def test_a_layer_used_several_times(every, later):
 # -- activation checkpointing ----------------------------------------------------------------------------------
 
 
-def run_checkpointed(model, x, *, reentrant=False):
+def run_checkpointed(model, x, *, reentrant=False, span="middle"):
+    if span == "all":
+        return checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant)
     h = model[:2](x)
+    if span == "head":
+        return checkpoint(model[2:], h, use_reentrant=reentrant)
     h = checkpoint(model[2:4], h, use_reentrant=reentrant)
     return model[4](h)
 
@@ -843,11 +847,98 @@ def test_reentrant_checkpointing_is_refused(later, span, skip):
         y = run_checkpointed(model, X, reentrant=True)
     else:
         y = checkpoint(model[2:], model[:2](X), use_reentrant=True)
-    with pytest.raises(rewire.PassError, match="use_reentrant=False"):
+    with pytest.raises(rewire.PassError, match=r"use_reentrant=False.*rewire.restore\(model\)"):
         LOSS(y).backward()
     model.zero_grad()
     LOSS(model(X)).backward()
     check(model, expected(model, "dfa", X, error(LOSS, output(model, X))))
+
+
+SPANS = pytest.mark.parametrize("span", ["middle", "all", "head"])
+
+
+@pytest.mark.parametrize("rule", ["fa", "usf", "brsf", "bp"])
+@WHEN
+@SPANS
+def test_reentrant_checkpointing_where_nobody_waits_for_the_error(rule, later, span):
+    plain, ours = (ready(rule, later) for _ in range(2))
+    for _ in range(3):
+        LOSS(plain(X)).backward()
+        LOSS(run_checkpointed(ours, X, reentrant=True, span=span)).backward()
+        check(ours, gradients(plain))
+        same(rewire.output_error(ours), rewire.output_error(plain))
+    # What was run again was not taken for an output layer.
+    for model in (plain, ours):
+        model.zero_grad()
+        LOSS(model(X)).backward()
+        model.zero_grad()
+        with rewire.use_rule(model, "dfa"):
+            LOSS(model(X)).backward()
+            model.zero_grad()
+            LOSS(model(X)).backward()
+    check(ours, gradients(plain))
+    assert states_of(ours[0])[0].wiring.outputs == states_of(plain[0])[0].wiring.outputs == ["4"]
+    assert [states_of(layer)[0].role.name for layer in ours[::2]] == ["HIDDEN", "HIDDEN", "OUTPUT"]
+
+
+@pytest.mark.parametrize("rule", ["dfa", "fa", "kp"])
+@WHEN
+@SPANS
+def test_reentrant_checkpointing_under_backprop_for_a_while(rule, later, span):
+    model = ready(rule, later)
+    plain = copy.deepcopy(rewire.restore(copy.deepcopy(model)))
+    LOSS(plain(X)).backward()
+    model.zero_grad()
+    with rewire.use_rule(model, "bp"):
+        LOSS(run_checkpointed(model, X, reentrant=True, span=span)).backward()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, p.grad, rtol=0, atol=TOL)
+
+
+def test_reentrant_checkpointing_below_direct_layers():
+    """What is run again is under a local rule; a layer above it, which is not, under a direct one."""
+    plain, ours = (converted("fa", layers={"4": "dfa"}) for _ in range(2))
+    for _ in range(3):
+        LOSS(plain(X)).backward()
+        LOSS(run_checkpointed(ours, X, reentrant=True)).backward()
+        check(ours, gradients(plain))
+    ours = converted("dfa", layers={"0": "fa"})
+    with pytest.raises(rewire.PassError, match="layer '2' was run again"):
+        LOSS(run_checkpointed(ours, X, reentrant=True)).backward()
+
+
+@pytest.mark.parametrize("rule", ["kp", "switch(first=bp, then=fa, at=2)"])
+@WHEN
+def test_reentrant_checkpointing_of_the_output_layer_where_passes_count(rule, later):
+    model = ready(rule, later)
+    with pytest.raises(rewire.PassError, match=r"hides from rules that count passes .* use_reentrant=False"):
+        LOSS(run_checkpointed(model, X, reentrant=True, span="all")).backward()
+
+
+@WHEN
+def test_a_library_that_runs_layers_inside_of_a_backward(later):
+    """As attributions do: gradients are those of the model without it."""
+    model = ready("fa", later)
+    again = []
+
+    def hook(layer, inputs, output):
+        def run(delta):
+            with torch.enable_grad():
+                x = inputs[0].detach().requires_grad_()
+                again.append(torch.autograd.grad(layer(x), x, delta)[0])
+
+        if not torch._C._current_graph_task_id() >= 0:
+            output.register_hook(run)
+
+    handles = [layer.register_forward_hook(hook) for layer in model[::2]]
+    plain = copy.deepcopy(model)
+    for layer in plain[::2]:
+        layer._forward_hooks.clear()
+    for m in (plain, model):
+        m.zero_grad()
+        LOSS(m(X)).backward()
+    check(model, gradients(plain))
+    assert len(again) == len(handles) == 3
 
 
 # -- threads -----------------------------------------------------------------------------------------------------
@@ -1522,6 +1613,47 @@ def test_surrogate_derivative_only_where_asked_and_gone_after_restore():
     LOSS(plain(X)).backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+class Above(nn.Module):
+    def forward(self, a, threshold=0.0):
+        return (a > threshold).to(a.dtype)
+
+
+class Thresholds(nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.first, self.above, self.last = nn.Linear(5, 7), Above(), nn.Linear(7, 4)
+        self.args, self.kwargs = args, kwargs
+
+    def forward(self, x):
+        a = self.first(x)
+        return self.last(self.above(*(a if isinstance(b, str) else b for b in self.args), **self.kwargs))
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [(("a", 0.1), {}), (("a",), {"threshold": 0.1}), ((), {}), ((0.1,), {})])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_surrogate_derivative_is_of_one_tensor(args, kwargs, gradients):
+    module = Thresholds(*args, **kwargs).double()
+    rewire.convert(module, "dfa", scale=SCALE, derivative={Above: torch.ones_like})
+    says = rf"derivative= is for activations of one tensor.*'above' \(Above\).* {len(args) + len(kwargs)} arguments"
+    with torch.set_grad_enabled(gradients), pytest.raises(rewire.PassError, match=says):
+        module(X)
+
+
+def test_a_surrogate_derivative_of_an_input_given_by_name():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](input=self[0](x)))
+
+    found = []
+    for kind in (nn.Sequential, Named):
+        torch.manual_seed(0)
+        model = kind(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+        rewire.convert(model, "fa", scale=SCALE, derivative={nn.Tanh: torch.ones_like})
+        LOSS(model(X)).backward()
+        found.append(model[0].weight.grad)
+    assert torch.equal(*found)
 
 
 def test_the_tolerance_of_these_tests_is_tight():

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import rewire
 from rewire.ablation import train
 from rewire.cli import main
-from rewire.rules import resolve
+from rewire.rules import DFA, resolve
 from rewire.rules.base import _registry
+from rewire.structures import Dense, LowRank, Seeded, Shared, Sparse
 
 LEARNED = [
     "kp",
@@ -209,3 +210,91 @@ def test_wrong_options_in_a_file(here: Path, capsys: pytest.CaptureFixture[str])
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "did you mean 'context'" in err
     assert [path.name for path in here.iterdir()] == ["grid.toml"]
+
+
+STRUCTURES = {
+    "lowrank(rank=4)": LowRank(rank=4),
+    "LowRank(rank=4)": LowRank(rank=4),
+    "lowrank()": LowRank(),
+    "lowrank(rank=4, dtype=torch.bfloat16)": LowRank(rank=4, dtype=torch.bfloat16),
+    "binary(per='channel')": Dense("binary", per="channel"),
+    "channel(distribution='uniform')": Dense("uniform", per="channel"),
+    "Dense(distribution='ternary', dtype=torch.int8)": Dense("ternary", dtype=torch.int8),
+    "sparse(nonzeros=2)": Sparse(nonzeros=2),
+    "shared(per='element')": Shared(per="element"),
+    "seeded(distribution='uniform')": Seeded("uniform"),
+}
+WRONG_STRUCTURES = {
+    "lowrnk(rank=4)": "unknown feedback 'lowrnk'; did you mean 'lowrank'",
+    "lowrank(rnk=4)": "feedback 'lowrank' has no option 'rnk'; did you mean 'rank'?; options: rank, distribution, per",
+    "LowRank(rnk=4)": "feedback 'LowRank' has no option 'rnk'; did you mean 'rank'",
+    "lowrank(rank=0)": "rank is a positive int, not 0",
+    "lowrank(4)": "a structure with options is written name(option=value, ...), as in 'lowrank(rank=8)'",
+    "lowrank(rank=4": "cannot read feedback 'lowrank(rank=4'",
+    "lowrank(dtype=bfloat16)": "cannot read 'bfloat16' in feedback 'lowrank(dtype=bfloat16)'",
+    "Structure()": "unknown feedback 'Structure'",
+    "dfa(layout='batch_first')": "unknown feedback 'dfa'",
+}
+
+
+@pytest.mark.parametrize("text", STRUCTURES)
+def test_a_structure_with_options(text: str) -> None:
+    """To convert, in a rule, in a rule of one's own; it is in the configuration, and read back from there."""
+
+    class Own(DFA):
+        feedback = text
+
+    assert rewire.structures.resolve(text) == STRUCTURES[text]
+    assert rewire.structures.resolve(repr(STRUCTURES[text])) == STRUCTURES[text]
+    x, y = torch.randn(12, 6), torch.randint(3, (12,))
+    found = []
+    for given in (STRUCTURES[text], text, f"dfa(feedback={text})", f"dfa(feedback={text!r})", Own()):
+        by_rule = given not in (STRUCTURES[text], text)
+        model = rewire.convert(mlp(), **({"rule": given} if by_rule else {"rule": "dfa", "feedback": given}), scale=0.1)
+        nn.functional.cross_entropy(model(x), y).backward()
+        found.append(rewire.feedback(model))
+        if type(given) is not Own:
+            config = json.loads(json.dumps(rewire.config(model)))
+            again = rewire.load_config(mlp(), config)
+            assert rewire.config(again) == config
+            found.append(rewire.feedback(again))
+    assert len(found[0]) == 2
+    assert all(torch.equal(B, other[name]) for other in found for name, B in found[0].items())
+
+
+@pytest.mark.parametrize("text", WRONG_STRUCTURES)
+def test_wrong_options_of_a_structure_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(rewire.ConversionError) as caught:
+        rewire.convert(mlp(), "dfa", feedback=text)
+    assert WRONG_STRUCTURES[text] in str(caught.value) and "\n" not in str(caught.value)
+    if text != "lowrank(rank=4":  # words apart: what is not closed is said by what takes them apart
+        assert run("ablate", "--model", "mlp", "--rules", "dfa", "--feedback", f"dense {text}") == 2
+        assert WRONG_STRUCTURES[text] in capsys.readouterr().err
+    if "unknown" not in WRONG_STRUCTURES[text] and "cannot read feedback" not in WRONG_STRUCTURES[text]:
+        with pytest.raises(rewire.ConversionError, match="rank"):
+            rewire.convert(mlp(), f"dfa(feedback={text})")
+
+
+def test_structures_with_options_on_the_command_line_and_in_a_file(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    texts = ["dense", "lowrank(rank=2)", "LowRank(rank=4, per='element')", "sparse(nonzeros=2)"]
+    assert run("ablate", "--rules", "dfa", "--feedback", " ".join(texts), "--out", "run", *QUICK) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in texts)
+    rows = [json.loads(line) for line in (here / "run" / "results.jsonl").read_text().splitlines()]
+    assert [row["cell"]["feedback"] for row in rows] == texts
+    assert len({row["final_loss"] for row in rows}) == len(rows) and {row["status"] for row in rows} == {"done"}
+    listed = ", ".join(f'"{text}"' for text in texts)
+    (here / "grid.toml").write_text(
+        f'model = "mlp"\nrules = "dfa"\nfeedback = [{listed}]\nseeds = 1\ncontrols = false\nepochs = 1\n'
+        "alignments = 1\nbatch_size = 128\n"
+    )
+    assert run("ablate", "grid.toml", "--workers", "0", "--out", "run") == 0  # goes on with it: nothing is left to do
+    assert (here / "run" / "results.jsonl").read_text().count("\n") == len(texts)
+    once = ("--epochs", "1", "--batch-size", "256", "--alignments", "0")
+    assert run("train", "--model", "mlp", "--rule", "dfa", "--feedback", texts[1], "--out", "once", *once) == 0
+    capsys.readouterr()
+    assert run("inspect", "torchvision:alexnet", "--rule", "dfa", "--feedback", texts[1]) == 0
+    assert "LowRank(rank=2)" in capsys.readouterr().out

@@ -568,6 +568,20 @@ def test_summary_of_local_rules():
     assert abs(rows["fc"].scale - model.fc.weight.std().item()) < TOL
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1 / 3, -0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_weight_that_is_constant_has_no_scale(constant, dtype):
+    """In float64 rounding leaves a trace of a deviation, of which no feedback is made."""
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 64), nn.Tanh(), nn.Linear(64, 4)).to(dtype)
+    nn.init.constant_(model[2].weight, constant)
+    nn.init.normal_(model[4].weight, mean=1.0, std=1e-6 if dtype is torch.float64 else 0.1)
+    spread = model[4].weight.double().std().item()
+    rewire.convert(model, "fa")
+    rows = rows_of(model)
+    assert rows["2"].scale == pytest.approx(27**-0.5) and "the weight is constant" in rows["2"].note
+    assert rows["4"].scale == pytest.approx(spread) and "constant" not in rows["4"].note
+
+
 def test_summary_notes():
     model = blocked()
     model.stem.requires_grad_(False)

@@ -12,6 +12,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 import rewire
+from rewire.rules import DFA, FA, LearnedLocal, Schedule
 from rewire.stacked import Stack
 
 SEEDS, STEPS = 4, 6
@@ -128,6 +129,84 @@ def test_several_rules_outputs_and_a_direct_structure(scale):
             torch.testing.assert_close(found[name][i], gradient, rtol=1e-9, atol=1e-12)
 
 
+class Halved(rewire.LocalRule):
+    random = False
+
+    def backward_weight(self, weight, random, scale):
+        return weight / 2
+
+
+class Mixed(rewire.LocalRule):
+    magnitude = True
+
+    def backward_weight(self, weight, random, scale):
+        return torch.where(weight > 0, random, -scale)
+
+
+class Fixed(rewire.LocalRule):
+    uses_weight = False
+
+    def backward_weight(self, weight, random, scale):
+        return random.flip(0)
+
+
+class Loudest(rewire.DirectRule):
+    feedback = "orthogonal"
+
+    def signal(self, error, targets, axis):
+        return error * (error.abs() >= error.abs().topk(2, axis).values.amin(axis, keepdim=True))
+
+
+class Wide(rewire.DirectRule):
+    """It has more features than e, and reads targets."""
+
+    needs_targets = True
+
+    def signal(self, error, targets, axis):
+        return torch.cat([error, (targets[:, None] == torch.arange(5)).to(error)], axis)
+
+
+class Mine(DFA):
+    pass
+
+
+class Turns(Schedule):
+    def __init__(self):
+        self.both = Halved(), FA()
+
+    def parts(self):
+        return self.both
+
+    def now(self, passes):
+        return self.both[passes % 2]
+
+
+class Restless(Halved):
+    redraw = True
+
+
+class Learns(LearnedLocal):
+    def start(self, form, scale, draw):
+        return {"B": draw.normal("B", form.shape) * scale}
+
+    def feedback(self, kept, form):
+        return kept["B"]
+
+
+@pytest.mark.parametrize("net", MODELS)
+@pytest.mark.parametrize("rule", [Halved, Mixed, Fixed, Loudest, Wide, Mine])
+def test_rules_of_one_s_own_that_are_fixed(rule, net):
+    models = members(MODELS[net], rule())
+    xs, ys = batches(1)
+    for _ in range(2):
+        expected = [ordinary(model, xs[0, i], ys[0, i]) for i, model in enumerate(models)]
+    stack = Stack(models)
+    found = vmap(grad(loss_of(stack)))(stack.params, stack.buffers, stack.feedback, xs[0], ys[0])
+    for i, gradients in enumerate(expected):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_two_inputs_to_one_block():
     class Sum(nn.Module):
         def __init__(self):
@@ -160,7 +239,14 @@ def test_two_inputs_to_one_block():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: members(mlp, "brsf"), "changes from step to step"),
+        (lambda: members(mlp, "brsf"), "draws its feedback anew, so that it changes from step to step"),
+        (lambda: members(mlp, Restless()), "draws its feedback anew"),
+        (lambda: members(mlp, "kp"), "learns its feedback, which changes from step to step"),
+        (lambda: members(mlp, "dkp"), "learns its feedback"),
+        (lambda: members(mlp, Learns()), "learns its feedback"),
+        (lambda: members(mlp, "switch(first=bp, then=fa, at=9)"), "is another rule in some passes"),
+        (lambda: members(mlp, "anchored(rule=dfa, every=4)"), "is another rule in some passes"),
+        (lambda: members(mlp, Turns()), "is another rule in some passes"),
         (lambda: members(mlp, "dfa", skip="cut"), "skip='cut'"),
         (lambda: members(mlp, "dfa", feedback="seeded"), "no plain tensor"),
         (lambda: [*members(mlp, "dfa")[:1], *members(mlp, "fa")[:1]], "differ in their feedback"),

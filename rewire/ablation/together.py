@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import rewire
 from rewire.errors import ConversionError
-from rewire.stacked import Stack
+from rewire.stacked import Stack, check_rules
 
 from . import checkpoint, models, random_state
 from .cell import Cell, Result
@@ -99,6 +99,7 @@ class _Together:
             kept = None
         if kept is None:
             self.nets = [_converted(cell, data) for cell in cells]
+            _check_rules(self.nets[0])
             self.progress = [Progress(order.get_state()) for order in self.orders]
         else:
             self.nets, self.progress = kept["nets"], kept["progress"]
@@ -322,6 +323,14 @@ def _are_of(configs: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) -> bool
 def _converted(cell: Cell, data: Dataset) -> Net:
     with random_state.seeded(cell.seed):
         return converted(cell, data)
+
+
+def _check_rules(net: Net) -> None:
+    """Before anything is trained: the buffers that rules of this kind keep would be taken for the model's own."""
+    try:
+        check_rules(net.model)
+    except ConversionError as error:
+        raise NotTogether(str(error)) from error
 
 
 def _shared(nets: Sequence[Net]) -> dict[str, nn.Parameter]:

@@ -44,7 +44,11 @@ _NAMES = ("models", "rules", "data", "feedback", "skip", "optimizers", "schedule
     help="Rules by layer name. Each --layers is one assignment, a point of the grid; '' is none.",
 )
 @click.option("--blocks", multiple=True, metavar="PATTERN", help="Modules fed back as one unit.")
-@click.option("--feedback", multiple=True, help="Structure of B for direct rules.  [default: dense]")
+@click.option(
+    "--feedback",
+    multiple=True,
+    help="Structure of B for direct rules; with options, 'lowrank(rank=8)'.  [default: dense]",
+)
 @click.option("--skip", multiple=True, help="keep or cut.  [default: keep]")
 @click.option("--scale", multiple=True, help="auto or a number.  [default: auto]")
 @click.option("--optimizer", "--optimizers", "optimizers", multiple=True, help="adam or sgd.  [default: adam]")

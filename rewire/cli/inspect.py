@@ -31,7 +31,12 @@ from rewire.summary import Summary, summary
     "--layers", multiple=True, metavar="PATTERN=RULE", help="Rules by layer name; may be repeated, later wins."
 )
 @click.option("--output", multiple=True, metavar="NAME", help="The output layer (or layers).  [default: found]")
-@click.option("--feedback", default="dense", show_default=True, help=f"Of direct rules: {' or '.join(NAMES)}.")
+@click.option(
+    "--feedback",
+    default="dense",
+    show_default=True,
+    help=f"Of direct rules: {' or '.join(NAMES)}; with options, 'lowrank(rank=8)'.",
+)
 @click.option("--blocks", multiple=True, metavar="PATTERN", help="Modules fed back as one unit.")
 @click.option("--skip", default="keep", show_default=True, help="keep or cut.")
 @click.option("--scale", default="auto", show_default=True, help="auto or a number.")

@@ -31,7 +31,7 @@ from rewire.words import pairs, words
 @click.option("--data", help=f"{DATA}  [default: digits]")
 @click.option("--layers", multiple=True, metavar="PATTERN=RULE", help="Rules by layer name; later ones win.")
 @click.option("--blocks", multiple=True, metavar="PATTERN", help="Modules fed back as one unit.")
-@click.option("--feedback", help="Structure of B for direct rules.  [default: dense]")
+@click.option("--feedback", help="Structure of B for direct rules; with options, 'lowrank(rank=8)'.  [default: dense]")
 @click.option("--skip", help="keep or cut.  [default: keep]")
 @click.option("--scale", help="auto or a number.  [default: auto]")
 @click.option("--optimizer", help="adam or sgd.  [default: adam]")

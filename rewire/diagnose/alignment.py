@@ -280,7 +280,6 @@ def _layer(
     parameters = dict(twin.model.named_parameters())
     weights = [parameters[n] for n in names]
     got, plain = _pair(names, ours.gradients, theirs.gradients)
-    shaken, _ = _pair(names, moved, theirs.gradients)
     calls, others = ours.calls[name], theirs.calls[name]
     notes: list[str] = []
 
@@ -338,7 +337,7 @@ def _layer(
         note="; ".join(notes),
         null_spread=statistics.stdev(angles) if len(angles) > 1 else None,
         growth=activation / start if activation is not None and start and math.isfinite(start) else None,
-        rounding_angle=angle(shaken, plain) if trained else None,
+        rounding_angle=angle(*_pair(names, moved, theirs.gradients)) if trained else None,
         weight_norm=norm(weights) if weights else None,
         dtype=str(weights[0].dtype).removeprefix("torch.") if weights else "",
         output=output,

@@ -258,7 +258,12 @@ class Local:
 
     def _show(self, ours: Seen, B: Tensor) -> None:
         used = self._used(ours.name).get(ours.state.name)
-        self.shown[ours.name] = used is not None and close(used, B.to(used.dtype))
+        if used is None:
+            self.shown[ours.name] = False
+            return
+        # Rules that learn keep wider numbers than a weight of few bits has; a pass hands them back in the weight's.
+        coarse = max(used.dtype, B.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        self.shown[ours.name] = close(used.to(coarse), B.to(coarse))
 
     def _use(self, ours: Seen, call: Seen, layer: Layer) -> None:
         assert call.again is not None

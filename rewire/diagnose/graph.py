@@ -19,7 +19,7 @@ class Flow:
     that the rules' errors do not start at (kept on backprop where the output layers were named) do not count.
 
     Args:
-        seen: of plain backprop, after a backward from the loss.
+        seen: of plain backprop, after a backward from the loss. Rows that may have been picked are looked for.
         weights: tensors that belong to each layer's own operation, by layer name.
         starts: whether a call's layer may be an output layer.
 
@@ -37,6 +37,8 @@ class Flow:
         self._feeders: dict[Seen, set[Seen]] = {}
         self._rows: dict[Seen, dict[Seen, Callable[[Tensor], Tensor]]] = {}
         self.only = True
+        for call in seen:  # what was hidden in the forward
+            call.pick = None if call.pick is None else call.pick.found()
         for wiring in {id(call.state.wiring): call.state.wiring for call in seen}.values():
 
             def ends(call: Seen, wiring: object = wiring) -> bool:

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from rewire.arguments import check_loss
 from rewire.diagnose.match import Match
 from rewire.errors import ConversionError
+from rewire.kept import Hidden
 from rewire.nodes import Node
 from rewire.passes import backward_id
-from rewire.picks import Pick, Unclear, pick_of
+from rewire.picks import Later, Pick, Unclear, pick_below, pick_of
 from rewire.preview import call as call_model
 from rewire.rules.base import LearnedDirect
 from rewire.state import LayerState
@@ -391,6 +392,23 @@ class Pass:
             for state in states:
                 state.observer = None
 
+    def _pick(self, x: Tensor) -> Pick | None:
+        def known(node: Node) -> Pick | None:
+            return self.at[node].pick
+
+        def later() -> Pick | None:
+            with suppress(Unclear, Hidden):
+                return None if x_node is None else pick_below(x_node, count, known, look=True)
+            return None
+
+        try:
+            return pick_of(x, known)
+        except Unclear:
+            return None
+        except Hidden as hidden:
+            x_node, count = x.grad_fn, x.shape[0]
+            return None if hidden.whole else Later(later, hidden.args)
+
     def _before_use(
         self, state: LayerState, module: nn.Module, args: Any, kwargs: Any, again: Again, first: int, plain: bool
     ) -> Any:
@@ -418,8 +436,7 @@ class Pass:
         if use is not None:
             use(call)
         if leaves and isinstance(leaves[0], Tensor):
-            with suppress(Unclear):
-                call.pick = pick_of(leaves[0], lambda node: self.at[node].pick)
+            call.pick = self._pick(leaves[0])
         kept: list[Any] = list(leaves)
         walls = name in self._cut
         for i, x in enumerate(leaves):

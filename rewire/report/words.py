@@ -102,7 +102,10 @@ def in_short(report: Report, group: Group) -> list[str]:
 def how_tested(report: Report) -> str:
     """What stands behind the p-values, in one or two sentences."""
     if not report.tests:
-        return "Nothing was tested: a test needs at least three seeds of a rule and of the baseline."
+        return (
+            "Nothing was tested: a test needs results of at least three seeds of a rule and of the baseline, of which "
+            "none diverged and not all are the same."
+        )
     several = f", corrected for the {report.tests} comparisons of this report (Holm)" if report.tests > 1 else ""
     return (
         f"Difference: mean of the rule minus mean of {report.baseline}, in percentage points, with its 95 % confidence "

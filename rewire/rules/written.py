@@ -1,6 +1,6 @@
-"""Rules and structures as they are written: ``"fitted(every=100)"``, ``"dfa(feedback=LowRank(rank=8))"``.
+"""Rules and structures as they are written: ``"fitted(every=100)"``, ``"lowrank(rank=8)"``.
 
-What ``repr`` shows of a rule can be given to ``convert``, to the command line and to configuration files.
+What ``repr`` shows of them can be given to ``convert``, to the command line and to configuration files.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import torch
 from rewire import structures
 from rewire.errors import ConversionError, nearest
 
-_FORM = "a rule with options is written name(option=value, ...), as in 'dfa(layout=\"sequence_first\")'"
+# By what is written.
+_FORM = {
+    "rule": "a rule with options is written name(option=value, ...), as in 'dfa(layout=\"sequence_first\")'",
+    "feedback": "a structure with options is written name(option=value, ...), as in 'lowrank(rank=8)'",
+}
 
 
-def parse(text: str, rules: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+def parse(text: str, rules: Collection[str] = (), what: str = "rule") -> tuple[str, dict[str, Any]]:
     """``name(option=value, ...)`` taken apart; options are literals, structures, torch dtypes and rules.
 
     Args:
         rules: names that may stand for a rule without quotes: ``switch(first=bp, then=fitted(every=50), at=100)``.
+        what: ``"rule"`` or ``"feedback"``: what ``text`` should be.
 
     Raises:
         ConversionError: for text of another form.
@@ -32,16 +37,30 @@ def parse(text: str, rules: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
     try:
         call = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise ConversionError(f"cannot read rule {text!r}: {_FORM}") from None
+        raise _unreadable(what, text) from None
     if isinstance(call, ast.Name):
         return call.id, {}
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-        raise ConversionError(f"cannot read rule {text!r}: {_FORM}")
-    return call.func.id, {option: _value(node, text, rules) for option, node in _options(call, text)}
+        raise _unreadable(what, text)
+    return call.func.id, {option: _value(node, text, rules, what) for option, node in _options(call, text, what)}
 
 
-def build(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+@cache  # a rule of one's own may have it in a class attribute, which is read in every pass
+def structure(text: str) -> structures.Structure:
+    """The structure of feedback that is written with options, by its name or its class's.
+
+    Raises:
+        ConversionError: for text of another form, and an unknown name or option.
+    """
+    return _structure(*parse(text, what="feedback"))
+
+
+def build(name: str, make: Callable[..., Any], options: Mapping[str, Any], what: str = "rule") -> Any:
     """``make(**options)``, with what ``make`` takes in the message where that is impossible.
+
+    Args:
+        name: what was written before the options.
+        what: ``"rule"`` or ``"feedback"``: what is made.
 
     Raises:
         ConversionError: for an option there is not, one that is missing, or one that what was made does not keep: it
@@ -51,18 +70,18 @@ def build(name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> An
     for option in options:
         if option not in takes:
             known = f"; options: {', '.join(takes)}" if takes else "; it has none"
-            raise ConversionError(f"rule {name!r} has no option {option!r}{nearest(option, takes)}{known}")
+            raise ConversionError(f"{what} {name!r} has no option {option!r}{nearest(option, takes)}{known}")
     missing = [option for option, default in takes.items() if default is _NEEDED and option not in options]
     if missing:
         shown = ", ".join(f"{option}=..." for option in missing)
-        raise ConversionError(f"rule {name!r} needs {', '.join(missing)}, as in '{name}({shown})'")
+        raise ConversionError(f"{what} {name!r} needs {', '.join(missing)}, as in '{name}({shown})'")
     made = make(**options)
     for option, value in options.items():
         default = takes[option]
         if value != default and getattr(made, option, default) == default:  # as :func:`written` would look
             raise ConversionError(
-                f"rule {name!r} does not keep its option {option!r}, so that {option}={value!r} would be lost where "
-                f"the rule is written down: {type(made).__name__}.__init__ has to say self.{option} = {option}"
+                f"{what} {name!r} does not keep its option {option!r}, so that {option}={value!r} would be lost where "
+                f"it is written down: {type(made).__name__}.__init__ has to say self.{option} = {option}"
             )
     return made
 
@@ -96,23 +115,36 @@ def parameters(make: Callable[..., Any]) -> Mapping[str, Any]:
     return MappingProxyType(options)
 
 
-def _options(call: ast.Call, text: str) -> list[tuple[str, ast.expr]]:
+def _unreadable(what: str, text: str) -> ConversionError:
+    return ConversionError(f"cannot read {what} {text!r}: {_FORM[what]}")
+
+
+def _structure(name: str, options: Mapping[str, Any]) -> structures.Structure:
+    known = structures.NAMES.get(name)
+    if known is None and name not in structures.CLASSES:
+        raise structures.unknown(name)
+    make, said = (structures.CLASSES[name], {}) if known is None else (type(known), known.said)
+    made: structures.Structure = build(name, make, {**said, **options}, "feedback")
+    return made
+
+
+def _options(call: ast.Call, text: str, what: str) -> list[tuple[str, ast.expr]]:
     found: list[tuple[str, ast.expr]] = []
     for keyword in call.keywords:
         if keyword.arg is None:
-            raise ConversionError(f"cannot read rule {text!r}: {_FORM}")
+            raise _unreadable(what, text)
         found.append((keyword.arg, keyword.value))
     return found
 
 
-def _value(node: ast.expr, text: str, rules: Collection[str] = ()) -> Any:
+def _value(node: ast.expr, text: str, rules: Collection[str], what: str) -> Any:
     name = node.func if isinstance(node, ast.Call) else node
     if isinstance(name, ast.Name) and name.id in rules:
         return ast.unparse(node)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-        kind = getattr(structures, node.func.id, None)
-        if node.func.id in structures.__all__ and isinstance(kind, type) and issubclass(kind, structures.Structure):
-            return kind(**{option: _value(value, text) for option, value in _options(node, text)})
+    kinds = structures.NAMES.keys() | structures.CLASSES.keys()
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds and not node.args:
+        options = {option: _value(value, text, (), what) for option, value in _options(node, text, what)}
+        return _structure(node.func.id, options)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
         dtype = getattr(torch, node.attr, None)
         if isinstance(dtype, torch.dtype):
@@ -123,6 +155,6 @@ def _value(node: ast.expr, text: str, rules: Collection[str] = ()) -> Any:
         shown = ast.unparse(node)
         meant = nearest(name.id, rules) if isinstance(name, ast.Name) else ""
         raise ConversionError(
-            f"cannot read {shown!r} in rule {text!r}{meant}{';' if meant else ':'} values are numbers, strings in "
-            "quotes, structures or rules"
+            f"cannot read {shown!r} in {what} {text!r}{meant}{';' if meant else ':'} values are numbers, strings in "
+            "quotes, dtypes (torch.bfloat16), structures or rules"
         ) from None

@@ -1,8 +1,8 @@
 """Structures of the feedback B of direct rules: what is drawn, what is kept, how it multiplies.
 
-``convert(model, "dfa", feedback="lowrank")`` takes one by name, ``feedback=rewire.structures.LowRank(rank=64)`` one
-with options, and ``DFA(feedback=...)``, of ``from rewire.rules import DFA``, gives one to the layers under that rule
-object. See ``docs/structures.md``.
+``convert(model, "dfa", feedback="lowrank")`` takes one by name, ``feedback="lowrank(rank=64)"`` or
+``feedback=rewire.structures.LowRank(rank=64)`` one with options, and ``DFA(feedback=...)``, of
+``from rewire.rules import DFA``, gives one to the layers under that rule object. See ``docs/structures.md``.
 """
 
 from __future__ import annotations
@@ -28,26 +28,37 @@ NAMES: dict[str, Structure] = {
     "seeded": Seeded(),
 }
 
+CLASSES: dict[str, type[Structure]] = {cls.__name__: cls for cls in (Dense, LowRank, Seeded, Shared, Sparse)}
+
 __all__ = ["NAMES", "Dense", "Feedback", "LowRank", "Place", "Seeded", "Shared", "Sparse", "Structure", "resolve"]
 
 
 def resolve(feedback: object) -> Structure:
-    """The structure for a name, or the structure itself.
+    """The structure for a name, or for one with options (``"lowrank(rank=64)"``, ``"LowRank(rank=64)"``), or itself.
 
     Raises:
-        ConversionError: for an unknown name (with the nearest right one), or something that is no structure.
+        ConversionError: for an unknown name or option (with the nearest right one), or something that is no structure.
     """
     if isinstance(feedback, Structure):
         return feedback
     if isinstance(feedback, str):
         if feedback in NAMES:
             return NAMES[feedback]
-        raise ConversionError(
-            f"unknown feedback {feedback!r}{nearest(feedback, NAMES)}; feedback is one of {', '.join(NAMES)}, or an "
-            "object from rewire.structures"
-        )
+        if "(" in feedback:
+            from rewire.rules.written import structure  # imports this package
+
+            return structure(feedback)
+        raise unknown(feedback)
     if isinstance(feedback, type) and issubclass(feedback, Structure):
         raise ConversionError(f"{feedback.__name__} is a class: pass an instance, {feedback.__name__}()")
     raise ConversionError(
         f"feedback is a name ({', '.join(NAMES)}) or an object from rewire.structures, not {feedback!r}"
+    )
+
+
+def unknown(name: str) -> ConversionError:
+    """What to raise where no structure has that name."""
+    return ConversionError(
+        f"unknown feedback {name!r}{nearest(name, NAMES)}; feedback is one of {', '.join(NAMES)}, or an object from "
+        "rewire.structures"
     )

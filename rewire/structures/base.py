@@ -163,9 +163,13 @@ class Structure:
     def _can_keep(self, dtype: object) -> bool:
         return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """Options whose values are not the usual ones."""
+        return {f.name: value for f in fields(cast(Any, self)) if (value := getattr(self, f.name)) != f.default}
+
     def __repr__(self) -> str:
-        changed = [f for f in fields(cast(Any, self)) if getattr(self, f.name) != f.default]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.said.items())})"
 
     @property
     def routing(self) -> str:

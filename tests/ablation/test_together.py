@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import rewire
 from rewire.ablation import Cell, load, run_cell, together, train
 from rewire.ablation.data import Dataset
 from rewire.ablation.together import NotTogether, run_together
 from rewire.ablation.work import Unit, do, groups_of
+from rewire.rules.base import _registry
 
 CELL = Cell("mlp", "dfa", 0, epochs=2, batch_size=100, alignments=0)
 
@@ -47,6 +50,36 @@ def test_as_trained_alone(double: None, rule: str, model: str) -> None:
         assert other.accuracy == one.accuracy
         assert [epoch.loss for epoch in other.history] == pytest.approx([e.loss for e in one.history], rel=1e-8)
     assert len({result.final_loss for result in alone}) == 3
+
+
+@pytest.fixture
+def own() -> Iterator[None]:
+    """Rules of one's own, by name."""
+
+    class Loudest(rewire.DirectRule):
+        def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+            return error * (error.abs() >= error.abs().amax(axis, keepdim=True))
+
+    class Looks(rewire.DirectRule):
+        def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
+            return error / float(error.abs().max())
+
+    before = dict(_registry)
+    rewire.register_rule("loudest")(Loudest)
+    rewire.register_rule("looks")(Looks)
+    yield
+    _registry.clear()
+    _registry.update(before)
+
+
+@pytest.mark.usefixtures("own")
+def test_a_rule_of_one_s_own_as_trained_alone(double: None) -> None:
+    cells = seeds(rule="loudest", batch_size=40, optimizer="sgd", lr=0.05)
+    alone = [run_cell(cell) for cell in cells]
+    for one, other in zip(alone, run_together(cells), strict=True):
+        assert [epoch.loss for epoch in other.history] == pytest.approx([e.loss for e in one.history], rel=1e-8)
+    with pytest.raises(NotTogether, match=r"\.item\(\)"):  # what vmap refuses is said in its words
+        run_together(seeds(rule="looks"))
 
 
 class Stopped(Exception):
@@ -120,6 +153,9 @@ class Frozen(nn.Sequential):
     [
         ({"model": "resnet"}, "running statistics"),
         ({"rule": "brsf"}, "changes from step to step"),
+        ({"rule": "switch(first=bp, then=fa, at=9)"}, "is another rule in some passes"),
+        ({"rule": "fitted"}, "learns its feedback"),
+        ({"rule": "kp"}, "learns its feedback"),
         ({"feedback": "seeded"}, "no plain tensor"),
         ({"skip": "cut"}, "skip='cut'"),
         ({"model": "tests.ablation.test_together:Dropping"}, "random"),

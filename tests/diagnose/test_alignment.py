@@ -435,6 +435,35 @@ def test_zeros_are_not_measurable():
     assert all(layer.weight_angle is None and "backprop's gradient is zero" in layer.note for layer in result.layers)
 
 
+class Spikes(nn.Module):
+    def forward(self, a):
+        return (a > 0).to(a.dtype)
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "dfa"])
+def test_below_hard_thresholds_backprop_s_gradient_is_zero(rule):
+    """Autograd gives the weights below none at all, where the rules have the surrogate's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 9), Spikes(), nn.Linear(9, 8), Spikes(), nn.Linear(8, 4))
+    model = rewire.convert(net, rule, derivative={Spikes: lambda a: (1 - a.abs()).clamp(min=0)})
+    x, y = torch.randn(6, 5), torch.randint(4, (6,))
+
+    def loss(out):
+        return F.cross_entropy(out, y)
+
+    train(model, x, loss, steps=2)
+    recorder = rewire.Recorder(model, loss, every=1, inputs=x)
+    result = recorder.step()
+    for name, layer in by_name(result).items():
+        if name == "4":
+            assert layer.weight_angle == pytest.approx(0, **CLOSE)
+        else:
+            assert "not measurable: backprop's gradient is zero" in layer.note
+            assert layer.weight_angle is layer.null_angle is layer.rounding_angle is None
+            assert layer.norm > 0 and layer.backprop_norm == 0
+    assert result.gamma is None and result.ok
+
+
 def test_frozen_layers_have_no_weight_angle_but_one_at_the_input():
     result = by_name(rewire.alignment(train(made(frozen, "dfa")), X, loss_of))
     assert result["2"].weight_angle is result["2"].norm is None

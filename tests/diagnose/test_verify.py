@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rewire
+from rewire.rules import LearnedLocal
 
 RULES = ("fa", "usf", "brsf", "frsf", "dfa", "sdfa", "drtp", "shallow", "bp")
 X = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -626,6 +627,34 @@ def test_feedback_that_has_learned_the_weight(ridge, dtype):
 
     for _ in range(2):
         loss_of(model(x)).backward()
+    result = rewire.verify(model, x, loss_of)
+    assert result.ok, str(result)
+
+
+class Remembered(LearnedLocal):
+    """Feedback that is a buffer, of float32 at least whatever the weight is."""
+
+    trained = ()
+
+    def start(self, form, scale, draw):
+        return {"B": draw.normal("B", form.shape) * scale}
+
+    def feedback(self, kept, form):
+        return kept["B"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["wm", "wm(every=0)", "kp", "ldfa", "pfa", Remembered()], ids=str)
+def test_feedback_in_wider_numbers_than_the_weight(rule, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
+    rewire.convert(model, rule)
+    x, labels = torch.randn(16, 7).to(dtype), torch.randint(4, (16,))
+
+    def loss_of(out):
+        return nn.functional.cross_entropy(out.float(), labels)
+
+    loss_of(model(x)).backward()
     result = rewire.verify(model, x, loss_of)
     assert result.ok, str(result)
 

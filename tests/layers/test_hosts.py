@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -180,6 +181,82 @@ def test_a_layer_that_never_runs_at_all_is_warned_about_once():
     result = rewire.verify(model, X, lambda out: F.cross_entropy(out, Y))
     assert not result.ok
     assert {layer.name: layer.status for layer in result.layers}["never"] == "dead"
+
+
+class Spare(Functional):
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(5, 5)
+
+
+@pytest.mark.parametrize("way", ["replaced", "replaced, kept", "deleted"])
+@pytest.mark.parametrize("passes", [0, 3])
+def test_a_layer_that_was_taken_out_has_no_part_in_it(passes, way):
+    """What stands in its place keeps backprop, also under ``use_rule``. Before the first pass, or where its module is
+    gone, that is said once."""
+    torch.manual_seed(0)
+    model = rewire.convert(Spare().double(), "fa")
+    for _ in range(passes):
+        one_pass(model)
+    kept = model.last if way == "replaced, kept" else None
+    if way == "deleted":
+        del model.spare
+    else:
+        model.last = nn.Linear(12, 4).double()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            one_pass(model)
+    wanted = "'spare'" if way == "deleted" else "'last'"
+    assert [wanted in str(w.message) for w in said] == [True] * (kept is None or not passes)
+    rules = {row.name: row.rule for row in rewire.summary(model).rows}
+    assert ("spare" in rules) == (way != "deleted") and rules["last"] == ("fa" if way == "deleted" else "bp")
+    with rewire.use_rule(model, "bp"):
+        got = one_pass(model)
+    for name, wanted in one_pass(rewire.restore(copy.deepcopy(model))).items():
+        assert got[name] is wanted is None or torch.allclose(got[name], wanted, rtol=0, atol=1e-12), name
+
+
+def test_an_output_layer_that_was_replaced_is_named_in_the_error():
+    model = make(rule="dfa")
+    for _ in range(2):
+        one_pass(model)
+    model.last = nn.Linear(12, 4).double()
+    with (
+        pytest.warns(rewire.RewireWarning, match="'last'"),
+        pytest.raises(rewire.PassError, match=r"'last'\. That was taken out of the model.*convert again"),
+    ):
+        one_pass(model)
+
+
+def test_a_layer_is_still_missed_after_a_conversion_that_failed():
+    model = make(rule="fa")
+    with pytest.raises(rewire.ConversionError, match="nothing"):
+        rewire.convert(model, "fa", layers={"nothing": "bp"})
+    model.last = nn.Linear(12, 4).double()
+    with pytest.warns(rewire.RewireWarning, match="taken out.*'last'"):
+        one_pass(model)
+
+
+def test_nothing_is_said_of_a_layer_on_backprop(recwarn):
+    model = make(rule="fa", layers={"last": "bp"})
+    del model.last
+    model.last = nn.Linear(12, 4).double()
+    for _ in range(2):
+        one_pass(model)
+    assert not [w for w in recwarn if issubclass(w.category, rewire.RewireWarning)]
+
+
+def test_converting_again_or_in_part_takes_nothing_out(recwarn):
+    model = make(rule="fa")
+    one_pass(model)
+    rewire.convert(model.last, "usf")
+    one_pass(model)
+    rewire.convert(model, "dfa")
+    for _ in range(2):
+        one_pass(model)
+    del model
+    assert not [w for w in recwarn if issubclass(w.category, rewire.RewireWarning)]
 
 
 class Tied(nn.Module):

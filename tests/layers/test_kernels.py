@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import rewire
 from rewire import kernels
 from rewire.kernels import at_once, by_patches, by_sample, with_rows_behind
+from rewire.swap import states_of
 
 from ..reference import layers, networks
 from ..rules.checks import parameters, used_feedback
@@ -154,6 +155,56 @@ def test_with_what_else_there_is(make, space, expected, used, tmp_path):
     last = copy.deepcopy(model)
     step(last, x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(last.conv.weight.grad, gradient)
+
+
+class Recomputed(nn.Sequential):
+    """Runs all below its head again in the backward, if told so. The last thing that is run saves what it made."""
+
+    again = False
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, x, use_reentrant=False) if self.again else self.body(x))
+
+    def body(self, x):
+        for module in [*self][:-1]:
+            x = module(x)
+        return x.tanh()
+
+
+def twins(rule):
+    """One of them runs its layers again."""
+    model, x = net(*CHOICES["pixels, large map"][:2])
+    plain, recomputed = (Recomputed(OrderedDict(copy.deepcopy(model).named_children())) for _ in range(2))
+    recomputed.again = True
+    return rewire.convert(plain, rule), rewire.convert(recomputed, rule), x
+
+
+@pytest.mark.parametrize(
+    "rule", ["fitted", "grape", "dkp", "anchored(rule=dfa, every=3)", "switch(first=bp, then=dfa, at=2)"]
+)
+def test_run_again_under_rules_that_count_passes(rule, used):
+    """The output error is there by then, so a pass is over; and in some passes feedback that learns gets its place."""
+    plain, recomputed, x = twins(rule)
+    for _ in range(6):
+        step(plain, x), step(recomputed, x)
+        for p, q in zip(plain.parameters(), recomputed.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    assert by_sample in used
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_is_saved_does_not_depend_on_the_way_through_a_call(before, monkeypatch):
+    plain, recomputed, x = twins("dfa")
+    for _ in range(3):
+        step(plain, x), step(recomputed, x)
+    wiring = states_of(recomputed.conv)[0].wiring
+    monkeypatch.setattr(type(wiring), "settle", lambda self: None)  # as on one rank alone
+    wiring.unsettled = before
+    recomputed.zero_grad()
+    y = recomputed(x)
+    wiring.unsettled = not before
+    y.square().sum().backward()
+    torch.testing.assert_close(recomputed.conv.weight.grad, plain.conv.weight.grad)
 
 
 def test_an_input_changed_before_the_backward():

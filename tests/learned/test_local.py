@@ -277,6 +277,20 @@ def test_nothing_decays(rule, weight_decay):
     assert all("weight_decay" in t and "'0', '2', '4'" in t for t in texts)
 
 
+def test_adam_s_steps_of_feedback_and_weight_do_not_belong_together():
+    """kp's have the same gradient, entry by entry; pfa's do not, and what is said is no mere lack of decay."""
+    for rule in ("kp", "pfa(expand=1)"):
+        model, x, y = problem("mlp")
+        rewire.convert(model, rule)
+        opt = torch.optim.AdamW(model.parameters(), lr=0.005, weight_decay=0.2)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            steps(model, opt, x, y, 305)
+        texts = [str(w.message) for w in said if issubclass(w.category, rewire.RewireWarning)]
+        assert len(texts) == (rule != "kp"), texts
+        assert all("a weight_decay, or a larger one" in t and "use SGD" in t for t in texts)
+
+
 def test_never_mirrored():
     model, x, y = problem("mlp")
     rewire.convert(model, "wm(every=0)")

@@ -126,6 +126,19 @@ def test_failed_seeds_are_counted_and_diverged_ones_end_the_test(tmp_path: Path)
     )
 
 
+def test_why_nothing_was_tested_is_true_with_three_seeds_too(tmp_path: Path) -> None:
+    """One of them diverged, or they give one number; no line says that seeds are missing."""
+    baseline = scored("bp", 0.9, 0.91, 0.93)
+    for name, lines in (
+        ("diverged", [*baseline, *scored("dfa", 0.85, 0.86), diverged("dfa", 2)]),
+        ("same", [*baseline, *scored("dfa", 0.9, 0.91, 0.93)]),
+    ):
+        report = made(tmp_path / name, *lines)
+        assert report.tests == 0
+        said = words.how_tested(report)
+        assert "none diverged" in said and "not all are the same" in said
+
+
 def test_two_seeds_are_too_few_and_said_so(tmp_path: Path) -> None:
     report = made(tmp_path, *scored("bp", 0.9, 0.91), *scored("fa", 0.8, 0.81))
     comparison = report.groups[0].rows[1].comparison

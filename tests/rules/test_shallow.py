@@ -28,6 +28,20 @@ def test_zeros_from_the_first_pass_on(output):
         assert model[4].weight.grad.any()
 
 
+@pytest.mark.parametrize("head", ["shallow", "dfa"])
+def test_below_it_direct_rules_are_told_why_there_is_nothing_to_measure(head):
+    """And where there is none of it, nothing is said of it."""
+    model = mlp()
+    if head == "dfa":
+        torch.nn.init.zeros_(model[4].weight)
+    rewire.convert(model, "dfa", layers={"4": head})
+    with pytest.warns(rewire.RewireWarning, match="nothing but zeros came down") as said:
+        for _ in range(2):
+            F.cross_entropy(model(X), Y).backward()
+    (text,) = (str(each.message) for each in said if "nothing but zeros" in str(each.message))
+    assert ("below layers under shallow, which hand back zeros ('4')" in text) == (head == "shallow")
+
+
 def test_no_feedback_is_made_or_measured():
     model = rewire.convert(mlp(), "shallow")
     for _ in range(3):
