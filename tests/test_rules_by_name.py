@@ -14,7 +14,6 @@ import rewire
 from rewire.ablation import train
 from rewire.cli import main
 from rewire.rules import DFA, resolve
-from rewire.rules.base import _registry
 from rewire.structures import Dense, LowRank, Seeded, Shared, Sparse
 
 LEARNED = [
@@ -102,7 +101,7 @@ def test_wrong_options_are_one_line_and_change_nothing(text: str) -> None:
 
 
 @pytest.fixture
-def own() -> Iterator[None]:
+def own(registry: None) -> None:
     """Rules of one's own, one with an option that it keeps under another name each."""
 
     class Times(rewire.DirectRule):
@@ -118,12 +117,8 @@ def own() -> Iterator[None]:
             super().__init__(k=k)
             self.k = k
 
-    before = dict(_registry)
     rewire.register_rule("times")(Times)
     rewire.register_rule("kept")(Kept)
-    yield
-    _registry.clear()
-    _registry.update(before)
 
 
 @pytest.mark.usefixtures("own")

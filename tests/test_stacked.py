@@ -115,10 +115,8 @@ def test_members_differ_in_their_feedback(rule):
             assert close == right[i]
 
 
-@pytest.mark.parametrize("scale", ["auto", 0.05])
-def test_several_rules_outputs_and_a_direct_structure(scale):
-    options = {"layers": {"0": "fa", "2": "usf"}, "feedback": "orthogonal", "scale": scale}
-    models = members(mlp, "dfa", **options)
+def agree(models):
+    """Gradients of a stack are those of its members, each by itself."""
     xs, ys = batches(1)
     for _ in range(2):
         expected = [ordinary(model, xs[0, i], ys[0, i]) for i, model in enumerate(models)]
@@ -127,6 +125,13 @@ def test_several_rules_outputs_and_a_direct_structure(scale):
     for i, gradients in enumerate(expected):
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[name][i], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["auto", 0.05])
+def test_several_rules_outputs_and_a_direct_structure(scale):
+    options = {"layers": {"0": "fa", "2": "usf"}, "feedback": "orthogonal", "scale": scale}
+    models = members(mlp, "dfa", **options)
+    agree(models)
 
 
 class Halved(rewire.LocalRule):
@@ -197,14 +202,7 @@ class Learns(LearnedLocal):
 @pytest.mark.parametrize("rule", [Halved, Mixed, Fixed, Loudest, Wide, Mine])
 def test_rules_of_one_s_own_that_are_fixed(rule, net):
     models = members(MODELS[net], rule())
-    xs, ys = batches(1)
-    for _ in range(2):
-        expected = [ordinary(model, xs[0, i], ys[0, i]) for i, model in enumerate(models)]
-    stack = Stack(models)
-    found = vmap(grad(loss_of(stack)))(stack.params, stack.buffers, stack.feedback, xs[0], ys[0])
-    for i, gradients in enumerate(expected):
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(found[name][i], gradient, rtol=1e-9, atol=1e-12)
+    agree(models)
 
 
 def test_two_inputs_to_one_block():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from rewire.ablation import Cell, load, run_cell, together, train
 from rewire.ablation.data import Dataset
 from rewire.ablation.together import NotTogether, run_together
 from rewire.ablation.work import Unit, do, groups_of
-from rewire.rules.base import _registry
 
 CELL = Cell("mlp", "dfa", 0, epochs=2, batch_size=100, alignments=0)
 
@@ -53,7 +51,7 @@ def test_as_trained_alone(double: None, rule: str, model: str) -> None:
 
 
 @pytest.fixture
-def own() -> Iterator[None]:
+def own(registry: None) -> None:
     """Rules of one's own, by name."""
 
     class Loudest(rewire.DirectRule):
@@ -64,12 +62,8 @@ def own() -> Iterator[None]:
         def signal(self, error: Tensor, targets: Tensor | None, axis: int) -> Tensor:
             return error / float(error.abs().max())
 
-    before = dict(_registry)
     rewire.register_rule("loudest")(Loudest)
     rewire.register_rule("looks")(Looks)
-    yield
-    _registry.clear()
-    _registry.update(before)
 
 
 @pytest.mark.usefixtures("own")

@@ -54,14 +54,6 @@ def example(name):
     return module
 
 
-@pytest.fixture
-def registry():
-    before = dict(_registry)
-    yield
-    _registry.clear()
-    _registry.update(before)
-
-
 def test_a_rule_of_ones_own(registry):
     module = example("own_rule")
     source = (ROOT / "examples" / "own_rule.py").read_text()

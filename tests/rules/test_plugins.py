@@ -11,7 +11,7 @@ from torch import nn
 import rewire
 from rewire.ablation import Cell
 from rewire.rules import plugins
-from rewire.rules.base import _registry, resolve
+from rewire.rules.base import resolve
 
 GOOD = """
 import rewire
@@ -33,7 +33,7 @@ class Quarters(Thirds):
 
 
 @pytest.fixture
-def shipped(tmp_path, monkeypatch):
+def shipped(tmp_path, monkeypatch, registry):
     """Makes distributions: ``shipped("name", {"rule": "module:Class"}, module="source")``."""
 
     def make(name, entries, **modules):
@@ -47,10 +47,8 @@ def shipped(tmp_path, monkeypatch):
         plugins.found.cache_clear()
 
     monkeypatch.syspath_prepend(str(tmp_path))
-    before, modules = dict(_registry), set(sys.modules)
+    modules = set(sys.modules)
     yield make
-    _registry.clear()
-    _registry.update(before)
     for module in set(sys.modules) - modules:
         del sys.modules[module]
     monkeypatch.undo()

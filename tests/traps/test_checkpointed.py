@@ -1,5 +1,6 @@
 """Activation checkpointing hides an index from the forward, and may be asked for it only once in the backward."""
 
+import sys
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rewire
 from rewire import kept
+from rewire.picks import Later
 from rewire.swap import states_of
 
 from .checks import build, labels, one_pass, randn
@@ -243,3 +245,10 @@ def test_other_hooks_on_saved_tensors(hooks, block):
     ours, warned, _ = passes(lambda: Hooked(block), X, square, "dfa", never)
     same(ours, plain)
     assert warned == said
+
+
+def test_a_deep_chain_of_picks_is_found_without_recursion():
+    later = Later(lambda: None)
+    for _ in range(3 * sys.getrecursionlimit()):
+        later = Later(later.found, [later])
+    assert later.found() is None
