@@ -247,6 +247,25 @@ def test_other_hooks_on_saved_tensors(hooks, block):
     assert warned == said
 
 
+class BiasMade(Bias):
+    def rows(self):
+        return self.p(self.table[INDEX])
+
+
+@pytest.mark.parametrize("block", [MadeBias, BiasMade])
+def test_no_other_layers_look_for_picks_than_without(block):
+    """They would in every call from then on."""
+
+    def picks(checkpointed):
+        def put(model, number):
+            model.checkpointed = checkpointed
+
+        model = passes(lambda: Net(block), X, square, "dfa", put)[2]
+        return [state.name for module in model.modules() for state in states_of(module) if state.picks]
+
+    assert picks(True) == picks(False)
+
+
 def test_a_deep_chain_of_picks_is_found_without_recursion():
     later = Later(lambda: None)
     for _ in range(3 * sys.getrecursionlimit()):
